@@ -1,0 +1,11 @@
+"""`undo-ray run` as a job: `ray job submit --working-dir . -- python jobs/undo.py RECIPE [the same flags]`."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from undo_ray.cli import main  # noqa: E402  (a job's working directory need not be installed)
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]]))

@@ -1,0 +1,43 @@
+"""What every test needs: an environment set before any heavy import, and the benchmark files where there are some.
+
+Only what keeps tests quiet, offline and fair to a small machine is set here. What the product needs in order to work
+it sets itself, so that a test cannot pass by a setting a user does not have.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # several processes share two cores; more threads each only wait for one another
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle OpenMP threads sleep and leave the core to the other workers
+    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns at every fork otherwise
+    "HF_HUB_OFFLINE": "1",  # models are made on the spot: a test that reaches for the Hub is wrong
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DS_ACCELERATOR": "cpu",  # DeepSpeed warns when it has to find out
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real benchmark files that UNDO_RAY_TEST_DATA names; skips where it is unset."""
+    named = os.environ.get("UNDO_RAY_TEST_DATA")
+    if not named:
+        pytest.skip("UNDO_RAY_TEST_DATA is unset: it names the folder with the real benchmark files")
+    path = Path(named)
+    assert path.is_dir(), f"UNDO_RAY_TEST_DATA={named} is not a folder"
+    return path
+
+
+def pytest_sessionfinish() -> None:
+    """Stop a Ray that a test started in this process: its processes would outlive a failed run."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()

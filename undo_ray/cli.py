@@ -1,0 +1,94 @@
+"""The command line: `undo-ray run`, `undo-ray show`, `undo-ray mini train-teacher`.
+
+Nothing heavy is imported before the arguments and the recipe are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from undo_ray import __version__, config
+from undo_ray.types import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, do, and return the exit code (see types.UserError; 130 after Ctrl-C)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.do(options) or 0)
+    except UserError as error:
+        print(f"undo-ray: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("undo-ray: stopped; the same command goes on from the last committed stage", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("undo-ray", description="Iterative distillation (UNDO, arXiv 2504.02521) on Ray.")
+    parser.add_argument("--version", action="version", version=f"undo-ray {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe to its end, or go on with it")
+    run.add_argument("recipe", help="TOML file; every key is in docs/recipe.md")
+    run.add_argument("--run-dir", metavar="DIR", help="path or URI of the run directory; default runs/<recipe name>")
+    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. student.learning_rate=1e-3")
+    run.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
+    run.set_defaults(do=_run)
+
+    show = commands.add_parser("show", help="print the tables of finished runs beside each other")
+    show.add_argument("run_dir", nargs="+", help="run directories")
+    show.set_defaults(do=_show)
+
+    mini = commands.add_parser("mini", help="the miniature world").add_subparsers(required=True, metavar="COMMAND")
+    teacher = mini.add_parser("train-teacher", help="rebuild the small teacher from a seed and print its figures")
+    teacher.add_argument("--seed", type=int, default=0)
+    teacher.add_argument("--out", metavar="DIR", required=True)
+    teacher.set_defaults(do=_train_teacher)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    recipe = config.load(options.recipe, options.set)
+    run_dir = options.run_dir or os.path.join("runs", os.path.splitext(os.path.basename(options.recipe))[0])
+    if not options.verbose:
+        _quiet()
+    from undo_ray import loop, report
+
+    print(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}"))
+    print(f"\nrun: {run_dir}    report: {run_dir}/report.json")
+    return 0
+
+
+def _quiet() -> None:
+    """Ray, vLLM and transformers read these when they are imported, here and in every worker."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from undo_ray import report
+
+    print("\n".join(report.table(report.read(path), title=f"\n{path}") for path in options.run_dir))
+    return 0
+
+
+def _train_teacher(options: argparse.Namespace) -> int:
+    from undo_ray.mini import teacher
+
+    teacher.train(options.out, options.seed)
+    print(teacher.figures(options.out))
+    return 0

@@ -1,0 +1,284 @@
+"""Recipes: hand-written TOML -> frozen pydantic models -> resolved JSON in the run directory.
+
+Every key is of one of three kinds, written beside it:
+
+- *identity* (the default): changes the result. A run directory refuses a recipe whose identity differs.
+- *extendable*: may grow on resume (more rounds, another stop rule, more tests).
+- *placement*: where and how wide it runs. Changes nothing about the result, may differ on resume.
+
+`load(path, overrides)` is the only entry. This module imports neither torch nor ray nor vllm, so that `--help` and a bad recipe
+answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from undo_ray.types import UserError
+
+EXTENDABLE = {"kind": "extendable"}
+PLACEMENT = {"kind": "placement"}
+
+MEMORY_KNOBS = {
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "distributed_executor_backend",
+    "disable_log_stats",
+}
+"""Arguments of `vllm.LLM` that a person may have to change at 2 a.m. to fit the memory there is: placement, not identity."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(_Section):
+    """Which problems are taught, which measure the loop, and which are kept for the end."""
+
+    train: str = Field(description="source of the training questions, `TASK[/SPLIT]` or `package.module:Task[/SPLIT]`")
+    validation: str | None = Field(None, description="source of `show` and `select`; default: drawn from `train` by seed")
+    tests: tuple[str, ...] = Field(
+        (),
+        description="test sources, read only when the loop has ended; the first is the primary test",
+        json_schema_extra=EXTENDABLE,
+    )
+    dir: str | None = Field(
+        None, description="local folder with the benchmarks; default: the Hugging Face hub", json_schema_extra=PLACEMENT
+    )
+    train_limit: PositiveInt | None = Field(None, description="questions drawn from the training source by seed; default: all")
+    test_limit: PositiveInt | None = Field(None, description="questions drawn from each test by seed; default: all")
+    show: PositiveInt = Field(20, description="validation questions shown, scored, in every teacher prompt (paper: 20)")
+    select: NonNegativeInt = Field(200, description="validation questions that stop the loop and choose the round; never shown")
+    shared: bool = Field(False, description="one validation set for both uses, as in the paper; marked in the report")
+
+    @model_validator(mode="after")
+    def _sets(self) -> Data:
+        if not self.shared and self.select == 0:
+            raise ValueError("data.select = 0 leaves nothing to choose between rounds; set it, or data.shared = true")
+        return self
+
+
+class Sampling(_Section):
+    """How text is drawn from a model."""
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy decoding")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    max_tokens: PositiveInt = Field(512, description="longest answer, tokens; longer output counts as `truncated`")
+
+
+class Placement(_Section):
+    """Resources of one engine replica or one training worker."""
+
+    cpus: float = Field(1.0, gt=0, description="logical CPUs")
+    gpus: float = Field(0.0, ge=0, description="GPUs")
+
+
+class Engine(_Section):
+    """What turns prompts into text. Both kinds run as a Ray Data actor pool behind one function."""
+
+    kind: Literal["transformers", "vllm"] = Field("transformers", description="engine; vllm needs the `gpu` extra or vLLM's CPU build")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights and activations")
+    replicas: PositiveInt = Field(1, description="engines in the pool", json_schema_extra=PLACEMENT)
+    tensor_parallel: PositiveInt = Field(1, description="GPUs (vLLM workers) per replica", json_schema_extra=PLACEMENT)
+    batch_size: PositiveInt = Field(64, description="rows handed to a replica at a time", json_schema_extra=PLACEMENT)
+    context: PositiveInt | None = Field(None, description="longest prompt plus answer, tokens; default: the model's own")
+    kwargs: dict[str, Any] = Field({}, description="further arguments of `vllm.LLM`; the memory knobs among them are placement")
+    resources: Placement = Field(Placement(), description="per replica", json_schema_extra=PLACEMENT)
+    max_errors: float = Field(0.05, ge=0, le=1, description="share of rows the engine may fail on before the stage fails", json_schema_extra=PLACEMENT)
+
+    @model_validator(mode="after")
+    def _kwargs_need_vllm(self) -> Engine:
+        if self.kind != "vllm" and (self.kwargs or self.tensor_parallel > 1):
+            raise ValueError("kwargs and tensor_parallel are for kind = \"vllm\"; remove them or change kind")
+        return self
+
+
+class Teacher(_Section):
+    """Who explains."""
+
+    model: str = Field(description="hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory")
+    template: Literal["prefix", "paper", "compact"] = Field(
+        "prefix", description="layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"
+    )
+    samples: PositiveInt = Field(1, description="rationales per question and round")
+    sampling: Sampling = Field(Sampling(temperature=0.7), description="see sampling")
+    engine: Engine = Field(Engine(), description="see engine")
+    prompt_tokens: PositiveInt = Field(
+        6000, description="token budget of the shown examples; whole examples are dropped beyond it and counted"
+    )
+
+
+class Student(_Section):
+    """Who learns."""
+
+    model: str = Field(description="as teacher.model; the base every round starts from unless start = \"previous\"")
+    start: Literal["base", "previous"] = Field("base", description="where round k's fine-tuning starts")
+    tokens: PositiveInt | None = Field(None, description="training tokens per round (prompt and answer, no padding)")
+    epochs: float | None = Field(None, gt=0, description="passes over the lessons per round; give this or tokens")
+    batch_size: PositiveInt = Field(16, description="chats per optimiser step, over all workers")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine", description="learning-rate schedule")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps spent warming up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, L2 norm")
+    max_length: PositiveInt = Field(2048, description="tokens; longer chats are left out of training and counted")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of training; master weights are fp32")
+    workers: PositiveInt = Field(
+        1, description="data-parallel training workers, at an equal global batch", json_schema_extra=PLACEMENT
+    )
+    micro_batch: PositiveInt | None = Field(
+        None, description="chats per worker and forward pass; default: batch_size / workers", json_schema_extra=PLACEMENT
+    )
+    resources: Placement = Field(Placement(), description="per training worker", json_schema_extra=PLACEMENT)
+    sampling: Sampling = Field(Sampling(), description="of attempts, validation and tests")
+    engine: Engine = Field(Engine(), description="of attempts, validation and tests")
+
+    @model_validator(mode="after")
+    def _amount(self) -> Student:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("give exactly one of student.tokens and student.epochs")
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"student.batch_size = {self.batch_size} must be a multiple of student.workers = {self.workers}"
+            )
+        per_worker = self.batch_size // self.workers
+        if self.micro_batch and per_worker % self.micro_batch:
+            raise ValueError(
+                f"student.micro_batch = {self.micro_batch} must divide batch_size / workers = {per_worker}"
+            )
+        return self
+
+
+class Lessons(_Section):
+    """Which accepted rationales a round trains on."""
+
+    mode: Literal["replace", "latest", "accumulate"] = Field(
+        "replace", description="this round's (paper); each question's newest; or all so far without duplicates"
+    )
+    keep_wrong: bool = Field(
+        False, description="also train on rationales with a wrong or missing answer. For trials of the machinery; marked in the report"
+    )
+
+
+class Gap(_Section):
+    """What of Δ(k) the teacher is told."""
+
+    feedback: Literal["real", "none", "shuffled", "block", "history"] = Field(
+        "real", description="real; or a control: no feedback, scores permuted across problems, only the shown block, only own history"
+    )
+    history: PositiveInt = Field(2, description="most recent rounds of a question's own past kept in its row and its prompt")
+
+
+class Stop(_Section):
+    """When to stop: validation (select) accuracy no longer rises."""
+
+    patience: PositiveInt = Field(1, description="rounds in a row without a gain before stopping")
+    min_gain: float = Field(0.0, ge=0, le=1, description="a gain counts only above this, as a fraction of 1")
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    seed: NonNegativeInt = Field(0, description="of draws, training order, sampling and made models")
+    rounds: NonNegativeInt = Field(3, description="most rounds after round 0", json_schema_extra=EXTENDABLE)
+    round0: Annotated[str, Field(pattern=r"^(run|lessons:.+|student:.+)$")] = Field(
+        "run", description="`run`; `lessons:PATH` trains round 0 on given chats; `student:PATH` takes a trained student as it is"
+    )
+    data: Data
+    teacher: Teacher
+    student: Student
+    lessons: Lessons = Lessons()
+    gap: Gap = Gap()
+    stop: Stop = Field(Stop(), json_schema_extra=EXTENDABLE)
+    trust_remote_code: bool = Field(False, description="let model repositories run their own code")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        if self.round0.startswith("student:") and self.lessons.mode == "latest":
+            raise ValueError("lessons.mode = \"latest\" needs round-0 rationales; round0 = \"student:…\" has none")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `--set a.b=value` overrides (value in TOML; a bare word is a string).
+
+    Raises UserError with one line naming the file, the key and the remedy.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error}); mend that line") from None
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: write it as --set section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override}: {parent} is a value, not a section; see docs/recipe.md for the keys")
+    tree[last] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem pydantic found, as `key: what is wrong; remedy`, with a count of the others."""
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] == "extra_forbidden":
+        what = f"unknown key {key}; remove it or see docs/recipe.md for the keys there are"
+    elif first["type"] == "missing":
+        what = f"{key} is missing; add it"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        what = message if first["type"] == "value_error" else f"{key} = {first['input']!r}: {message}; see docs/recipe.md"
+    return what + (f" (and {len(others)} more)" if others else "")
+
+
+def leaves(section: BaseModel, prefix: str = "", kind: str = "identity") -> Iterator[tuple[str, str, Any]]:
+    """Every key of a recipe as (dotted name, kind, value). A section's kind holds for all its keys."""
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        own = str(extra["kind"]) if isinstance(extra, dict) and "kind" in extra else kind
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.", own)
+        else:
+            yield f"{prefix}{name}", own, value
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The keys that change the result, with their values as JSON."""
+    chosen = {key: value for key, kind, value in leaves(recipe) if kind == "identity"}
+    for key in ("teacher.engine.kwargs", "student.engine.kwargs"):
+        chosen[key] = {name: value for name, value in chosen[key].items() if name not in MEMORY_KNOBS}
+    return dict(sorted(json.loads(json.dumps(chosen)).items()))
+
+
+def digest(value: Any) -> str:
+    """Short stable hash of a JSON-able value (first 16 hex digits of SHA-256)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

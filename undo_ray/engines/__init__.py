@@ -1,0 +1,145 @@
+"""Text in, text out over a Ray Dataset. An engine knows nothing of rationales or rounds.
+
+`generate(rows, …)` adds one column of generations (`list<types.GENERATION>`) to a dataset. Both engines, `transformers` and
+`vllm`, are an actor pool of `Replica`s; they differ in `complete`, from token ids to token ids.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+
+from undo_ray.config import Engine, Sampling
+from undo_ray.types import GENERATION, Message, Row, UserError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+BACKENDS = {"transformers": "undo_ray.engines.hf:Transformers", "vllm": "undo_ray.engines.vllm:VLLM"}
+
+Render = Callable[[Row], "list[Message] | None"]
+"""A row's chat, or None to let the row pass untouched. Made in the driver, so it must pickle and be light."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sample: token ids without the prompt, and how it ended (`stop` or `length`)."""
+
+    token_ids: list[int]
+    finish_reason: str
+    cached_tokens: int = 0
+
+
+class Backend(Protocol):
+    """What an engine has to do. Built inside the worker: `Backend(directory, engine, sampling)`."""
+
+    tokenizer: Any
+    context: int
+    """Longest prompt plus answer, tokens."""
+
+    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
+        """One sample per prompt (token ids) and seed, in order; a text is why there is none. Raises when the engine broke."""
+        ...
+
+
+def generate(
+    rows: Dataset,
+    engine: Engine,
+    model: Callable[[], str],
+    sampling: Sampling,
+    render: Callable[[], Render],
+    column: str,
+    seeds: Callable[[Row], list[int]],
+) -> Dataset:
+    """Add `column` to the rows: one generation per seed that `seeds(row)` gives, [] where `render` gives no chat.
+
+    `model` and `render` are called once in each replica: a directory on its node, and the function from row to chat.
+    """
+    config = {"engine": engine, "model": model, "sampling": sampling, "render": render, "column": column, "seeds": seeds}
+    import ray.data
+
+    return rows.map_batches(
+        Replica,
+        fn_constructor_kwargs=config,
+        batch_format="pyarrow",
+        batch_size=engine.batch_size,
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=engine.replicas),
+        num_cpus=engine.resources.cpus,
+        num_gpus=engine.resources.gpus or None,
+    )
+
+
+class Replica:
+    """One engine in the pool: chats to token ids, batches through the backend, token ids to text."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Callable[[], str],
+        sampling: Sampling,
+        render: Callable[[], Render],
+        column: str,
+        seeds: Callable[[Row], list[int]],
+    ):
+        module, _, name = BACKENDS[engine.kind].partition(":")
+        self.backend: Backend = getattr(importlib.import_module(module), name)(model(), engine, sampling)
+        self.sampling, self.render, self.column, self.seeds = sampling, render(), column, seeds
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        out: list[list[Row]] = [[] for _ in range(table.num_rows)]
+        jobs: list[tuple[int, list[int], int]] = []  # (row, prompt, seed)
+        for index, row in enumerate(table.to_pylist()):
+            chat = self.render(row)
+            if chat is None:
+                continue
+            prompt = prompt_ids(self.backend.tokenizer, chat)
+            room = self.backend.context - self.sampling.max_tokens
+            if len(prompt) > room:
+                error = f"prompt of {len(prompt)} tokens leaves no room for {self.sampling.max_tokens} of {self.backend.context}"
+                out[index] = [_generation(len(prompt), error=error) for _ in self.seeds(row)]
+            else:
+                jobs += [(index, prompt, seed) for seed in self.seeds(row)]
+        completions = self.backend.complete([prompt for _, prompt, _ in jobs], [seed for _, _, seed in jobs]) if jobs else []
+        for (index, prompt, _), completion in zip(jobs, completions, strict=True):
+            out[index].append(self._generation(prompt, completion))
+        return table.append_column(self.column, pa.array(out, pa.list_(GENERATION)))
+
+    def _generation(self, prompt: list[int], completion: Completion | str) -> Row:
+        if isinstance(completion, str):
+            return _generation(len(prompt), error=completion)
+        text = self.backend.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return {
+            **_generation(len(prompt)),
+            "text": text,
+            "finish_reason": completion.finish_reason,
+            "cached_tokens": completion.cached_tokens,
+            "completion_tokens": len(completion.token_ids),
+        }
+
+
+def _generation(prompt_tokens: int, error: str | None = None) -> Row:
+    return {
+        "text": None,
+        "finish_reason": None,
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": 0,
+        "completion_tokens": 0,
+        "engine_error": error,
+    }
+
+
+def prompt_ids(tokenizer: Any, chat: list[Message]) -> list[int]:
+    """Token ids of a chat up to where the assistant begins to write."""
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def check(engine: Engine, key: str) -> None:
+    """Raises UserError when the engine asked for is not installed."""
+    if engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(f'{key}.kind = "vllm": vllm is not installed; install the gpu extra, or set it to "transformers"')

@@ -1,0 +1,97 @@
+"""The embedded engine: batched `transformers` generation with the keys and values of a shared prompt prefix computed once."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+
+from undo_ray.config import Engine, Sampling
+from undo_ray.engines import Completion
+
+MIN_SHARED = 32
+"""Prompt tokens from which a shared prefix is worth a forward pass of its own."""
+
+
+class Transformers:
+    """See `engines.Backend`. Sampling draws are seeded per batch: the same for the same batch."""
+
+    def __init__(self, directory: str, engine: Engine, sampling: Sampling):
+        torch.set_num_threads(max(1, int(engine.resources.cpus)))
+        self.device = "cuda" if engine.resources.gpus else "cpu"
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, engine.dtype)).to(self.device)
+        self.model.eval()
+        self.context = engine.context or self.model.config.max_position_embeddings
+        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
+        greedy = sampling.temperature == 0
+        self.config = GenerationConfig(
+            do_sample=not greedy,
+            temperature=None if greedy else sampling.temperature,
+            top_p=None if greedy else sampling.top_p,
+            top_k=None if greedy else 0,
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=sorted(self.ends),
+            pad_token_id=self.pad,
+        )
+        self.model.generation_config = self.config  # else what its directory says fills in what is not set here
+        self.prefix: list[int] = []
+        self.prefix_cache: DynamicCache | None = None
+
+    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
+        """See `engines.Backend`. A batch that fails is halved until what breaks it (a row too long for the memory) is alone."""
+        try:
+            return self._complete(prompts, seeds)
+        except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if len(prompts) == 1:
+                return [f"{type(error).__name__}: {error}"[:1000]]
+        half = len(prompts) // 2
+        return self.complete(prompts[:half], seeds[:half]) + self.complete(prompts[half:], seeds[half:])
+
+    @torch.inference_mode()
+    def _complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
+        torch.manual_seed(hash(tuple(seeds)))
+        shared = self._shared(prompts)
+        # Layout: shared prefix, then padding, then each prompt's rest. Positions come from the attention mask, so the padding
+        # in the middle changes nothing.
+        width = max(len(prompt) for prompt in prompts)
+        padding = [width - len(prompt) for prompt in prompts]
+        ids = [p[:shared] + [self.pad] * gap + p[shared:] for p, gap in zip(prompts, padding, strict=True)]
+        mask = [[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in padding]
+        cache = None
+        if shared:
+            cache = copy.deepcopy(self.prefix_cache)
+            assert cache is not None
+            cache.batch_repeat_interleave(len(prompts))
+        output = self.model.generate(
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
+            past_key_values=cache,
+            generation_config=self.config,
+        )
+        return [self._completion(row, shared) for row in output[:, width:].tolist()]
+
+    def _completion(self, tokens: list[int], cached: int) -> Completion:
+        for index, token in enumerate(tokens):
+            if token in self.ends:
+                return Completion(tokens[: index + 1], "stop", cached)
+        return Completion(tokens, "length", cached)
+
+    def _shared(self, prompts: Sequence[list[int]]) -> int:
+        """Length of the prefix all prompts share (0 when too short to pay), its keys and values ready in `prefix_cache`."""
+        length = len(os.path.commonprefix(list(prompts)))
+        # The last token of each prompt must go through the model for its logits.
+        length = min(length, min(len(prompt) for prompt in prompts) - 1)
+        if length < MIN_SHARED:
+            return 0
+        if self.prefix and len(self.prefix) <= length and prompts[0][: len(self.prefix)] == self.prefix:
+            return len(self.prefix)
+        self.prefix = prompts[0][:length]
+        ids = torch.tensor([self.prefix], device=self.device)
+        self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return length

@@ -1,0 +1,74 @@
+"""vLLM as an engine: the synchronous `vllm.LLM` inside the replica's own process. The CPU build runs the same code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from undo_ray.config import Engine, Sampling
+from undo_ray.engines import Completion
+
+# The engine lives in the actor's own process: when Ray ends the actor, nothing is left holding its memory.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+class VLLM:
+    """See `engines.Backend`. Draws are seeded per sample, whatever the batch."""
+
+    def __init__(self, directory: str, engine: Engine, sampling: Sampling):
+        from vllm import LLM, SamplingParams
+
+        options: dict[str, Any] = {
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "max_model_len": engine.context,
+            **({} if engine.resources.gpus else _cpu_options(engine.context)),
+            **engine.kwargs,
+        }
+        self.llm = LLM(
+            directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+        self.context = self.llm.llm_engine.model_config.max_model_len
+        self.params = SamplingParams(
+            temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, detokenize=False
+        )
+        self.warm = False
+
+    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
+        from vllm import TokensPrompt
+
+        if not self.warm and len(prompts) > 1:
+            # Rows that start together on a cold cache all miss it: compute the shared prefix once, then let them flow.
+            once = self.params.clone()
+            once.max_tokens = 1
+            self.llm.generate([TokensPrompt(prompt_token_ids=prompts[0])], [once], use_tqdm=False)
+            self.warm = True
+        params = []
+        for seed in seeds:
+            own = self.params.clone()
+            own.seed = seed
+            params.append(own)
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False
+        )
+        return [
+            Completion(
+                list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason), output.num_cached_tokens or 0
+            )
+            for output in outputs
+        ]
+
+
+def _cpu_options(context: int | None) -> dict[str, Any]:
+    """What vLLM's CPU build needs inside an actor."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    return {
+        "enforce_eager": True,  # compiling takes minutes, for a small model longer than the work
+        "distributed_executor_backend": "uni",
+        # A prompt prefilled in parts rewinds its seeded generator, which CPU generators cannot (vLLM 0.32, gpu_model_runner).
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(context or 0, 8192),
+    }

@@ -1,0 +1,182 @@
+"""Δ(k) and what is decided from it. Pure functions over rows and counts; nothing here knows Ray.
+
+`Gap` is what the teacher of round k + 1 is told about the student of round k, and what the loop decides by: the shown cases,
+the accuracy on `select` with its interval, the error profile by subject. `refusal` says why a rationale is no lesson,
+`converged` when to stop, `best` which round is the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from undo_ray.frame import frame_phrase
+from undo_ray.prompts import Case, own_case
+from undo_ray.types import SELECT, SHOW, TRUNCATED, Row
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """An accuracy with what it rests on. `low` and `high` bound the 95 % Wilson interval; all shares are fractions of 1.
+
+    Example: `Score.of(n=100, correct=50, unparsed=2, truncated=1)` has accuracy 0.5, low 0.404, high 0.596.
+    """
+
+    n: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    unparsed: float | None
+    """Share of answers in which nothing could be graded, truncated ones included."""
+    truncated: float | None
+
+    @classmethod
+    def of(cls, n: int, correct: int, unparsed: int = 0, truncated: int = 0) -> Score:
+        """Counts to shares. With n = 0 every share is None."""
+        if n == 0:
+            return cls(0, None, None, None, None, None)
+        low, high = wilson(correct, n)
+        return cls(n, correct / n, low, high, unparsed / n, truncated / n)
+
+
+def score_json(score: Score) -> dict[str, Any]:
+    """A Score as JSON."""
+    return asdict(score)
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a binomial share (Wilson 1927)."""
+    share, z2 = correct / n, Z95 * Z95
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Δ(k): what the student of round `round` got wrong, as the next teacher sees it and as the loop decides by it."""
+
+    round: int
+    shown: tuple[Case, ...]
+    """The show questions in a fixed order (by id), each with teacher answer, student answer and score."""
+    select: Score
+    show: Score
+    subjects: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Error profile on select: subject -> {"n": …, "wrong": …}."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Gap:
+        cases = (Case(**{**case, "before": tuple(map(tuple, case["before"]))}) for case in plain["shown"])
+        scores = {name: Score(**plain[name]) for name in ("select", "show")}
+        return cls(plain["round"], tuple(cases), **scores, subjects=dict(plain["subjects"]))
+
+
+Tally = Counter[tuple[str, str, str]]
+"""Counts under (split, subject, `n` | `correct` | `unparsed` | `truncated`); adds up over the parts of a set."""
+
+
+def tally(rows: Iterable[Row]) -> Tally:
+    """Count the verdicts of attempted rows."""
+    counts: Tally = Counter()
+    for row in rows:
+        verdict = row["attempt"]["verdict"]
+        key = row["split"], row["subject"] or ""
+        counts[*key, "n"] += 1
+        counts[*key, "correct"] += verdict["correct"]
+        counts[*key, "unparsed"] += verdict["reason"] is not None
+        counts[*key, "truncated"] += verdict["reason"] == TRUNCATED
+    return counts
+
+
+def score(counts: Tally, split: str) -> Score:
+    """The score of one split out of a tally."""
+    total: Counter[str] = Counter()
+    for (of, _, what), count in counts.items():
+        total[what] += count if of == split else 0
+    return Score.of(total["n"], total["correct"], total["unparsed"], total["truncated"])
+
+
+def measured(round: int, show_rows: Sequence[Row], counts: Tally, shared: bool) -> Gap:
+    """Δ(k) from the attempted show rows and the tally of show and select. `shared`: show is select, as in the paper."""
+    chosen = SHOW if shared else SELECT
+    subjects = sorted({subject for split, subject, _ in counts if split == chosen and subject})
+    return Gap(
+        round=round,
+        shown=tuple(shown_case(row) for row in sorted(show_rows, key=lambda row: row["id"])),
+        select=score(counts, chosen),
+        show=score(counts, SHOW),
+        subjects={
+            subject: {
+                "n": counts[chosen, subject, "n"],
+                "wrong": counts[chosen, subject, "n"] - counts[chosen, subject, "correct"],
+            }
+            for subject in subjects
+        },
+    )
+
+
+def shown_case(row: Row) -> Case:
+    """A show row as an example: the teacher answered it once, in round 0; the student's part is its newest attempt."""
+    attempt = row["attempt"]
+    return replace(
+        own_case({**row, "history": (row["history"] or [])[:1]}),
+        student=attempt["text"],
+        student_answer=attempt["verdict"]["answer"],
+        score=attempt["verdict"]["correct"],
+    )
+
+
+def shuffled(cases: Sequence[Case], seed: int) -> tuple[Case, ...]:
+    """The control `feedback = "shuffled"`: what students wrote and scored, permuted across questions. All totals stay."""
+    order = random.Random(seed).sample(range(len(cases)), len(cases))
+    parts = [(cases[i].student, cases[i].student_answer, cases[i].score) for i in order]
+    return tuple(
+        replace(case, student=student, student_answer=answer, score=score)
+        for case, (student, answer, score) in zip(cases, parts, strict=True)
+    )
+
+
+def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = False) -> str | None:
+    """Why a graded candidate is no lesson: its verdict's reason, `wrong`, or `frame`; None when it is accepted.
+
+    `frame` is a rationale that talks about the tutoring ("the student's answer"…): true to its prompt, useless as a lesson.
+    With `keep_wrong` a finished and parsed rationale is accepted whatever its answer.
+    """
+    verdict = candidate["verdict"]
+    if candidate["rationale"] is None or candidate["finish_reason"] != "stop":
+        return str(verdict["reason"])
+    if not verdict["correct"] and not keep_wrong:
+        return verdict["reason"] or "wrong"
+    return "frame" if frame_phrase(candidate["rationale"], question) else None
+
+
+def converged(accuracies: Sequence[float], patience: int, min_gain: float) -> bool:
+    """Whether select accuracy (one per round so far) has stopped rising.
+
+    True when none of the last `patience` rounds beat the best before them by more than `min_gain`. Rounds are measured on the
+    same questions, so their differences are paired.
+    """
+    if len(accuracies) <= patience:
+        return False
+    return max(accuracies[-patience:]) <= max(accuracies[:-patience]) + min_gain
+
+
+def best(accuracies: Sequence[float]) -> int:
+    """The round with the highest select accuracy; of equals the earliest, which cost least."""
+    return max(range(len(accuracies)), key=lambda k: (accuracies[k], -k))
+
+
+def row_seed(seed: int, *parts: object) -> int:
+    """A 31-bit seed from the run's seed and what the draw is for; the same on every machine and in every order."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,149 @@
+"""The driver. `undo` is the loop; `run` is everything around it: checks, Ray, the run directory, the report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.data
+
+from undo_ray import engines, gap, models, report
+from undo_ray.config import Engine, Recipe
+from undo_ray.gap import Gap
+from undo_ray.generate import accept, attempt, explain, measure, test
+from undo_ray.problems import prepare, prepare_tests
+from undo_ray.progress import Progress
+from undo_ray.store import Run, open_run
+from undo_ray.train import finetune
+from undo_ray.types import UserError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+
+def undo(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
+    """The loop. Returns the rounds' records.
+
+    What the paper (arXiv 2504.02521) leaves open, and what is done here:
+
+    1. Every round fine-tunes the base model anew (`student.start`), on this round's rationales alone (`lessons.mode`).
+    2. Every training question is explained again in every round, whether or not the student got it right.
+    3. Two validation sets: `show` feeds prompts, `select` stops the loop. The paper uses one of 20 questions for both; its
+       standard error of 11 points cannot tell rounds apart (`data.shared = true` reproduces it).
+    4. The result is the best round on `select`, not the last.
+    5. The teacher answers the show questions once, in round 0; the gold answer is in no prompt.
+    6. Rounds stop when `select` accuracy has not beaten its best for `stop.patience` rounds.
+    """
+    problems = run.once("problems", prepare, recipe)
+    student, gap_ref, rows, lessons, records = resume(run, problems, recipe)
+
+    for k in range(len(records), recipe.rounds + 1):  # k = 0 has no gap: standard distillation
+        step = run.round(k)
+        if k > 0:
+            if gap.converged([record["validation"]["accuracy"] for record in records], **dict(recipe.stop)):
+                break
+            rows = step.once("attempts", attempt, rows, student, recipe)
+        rows = step.once("rationales", explain, rows, gap_ref, recipe)
+        lessons = step.once("lessons", accept, rows, lessons, recipe)
+        start = student if recipe.student.start == "previous" else recipe.student.model
+        student = step.once("student", finetune, lessons, start, recipe)
+        delta = Gap.from_json(step.once("measure", measure, rows, student, recipe))
+        gap_ref = ray.put(delta)
+        records.append(step.commit(**report.round_figures(step, delta)))  # written last: it exists, the round is done
+        run.progress.say(report.round_line(records[-1]))
+    return records
+
+
+def resume(run: Run, problems: Dataset, recipe: Recipe) -> tuple[str, Any, Dataset, Dataset | None, list[dict[str, Any]]]:
+    """(student, Δ ref, rows, lessons, records) after the last finished round; those of a new run where there is none.
+
+    An object ref dies with its driver, so Δ is put again.
+    """
+    records = run.records()
+    if not records:
+        return recipe.student.model, None, problems, None, records
+    last = run.round(len(records) - 1)
+    run.progress.say(f"{run.place.uri}: rounds 0 to {len(records) - 1} are done, going on from there")
+    delta = Gap.from_json(last.made("measure"))
+    return last.made("student"), ray.put(delta), last.made("rationales"), last.made("lessons"), records
+
+
+def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
+    """Run a recipe to its end, or go on with it, and return its report (see docs/run-directory.md for the schema).
+
+    Raises UserError with one line for whatever the person running it can mend; what is committed stays.
+    """
+    progress = Progress()
+    for key, engine in (("teacher.engine", recipe.teacher.engine), ("student.engine", recipe.student.engine)):
+        engines.check(engine, key)
+    weights = {
+        "teacher.model": models.check(recipe.teacher.model, recipe.seed, "teacher.model"),
+        "student.model": models.check(recipe.student.model, recipe.seed, "student.model"),
+    }
+    with open_run(run_dir, recipe, weights, progress) as held:
+        known = report.finished(held)
+        if known is not None:
+            progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
+            return known
+        start_ray(verbose)
+        check_placement(recipe)
+        progress.connect()
+        try:
+            records = undo(recipe, held)
+        except UserError as error:
+            if error.exit_code == 3 and (records := held.records()):
+                finish(recipe, held, records)
+            raise
+        return finish(recipe, held, records)
+
+
+def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tests, read only now, for the base model and every round; then the report."""
+    if recipe.data.tests:
+        tests = run.tests(recipe)
+        problems = tests.once("problems", prepare_tests, recipe)
+        tests.once("base", test, problems, recipe.student.model, recipe)
+        for record in records:
+            student = run.round(record["round"]).made("student")
+            tests.once(f"round-{record['round']:02d}", test, problems, student, recipe)
+    return report.write(run, records)
+
+
+def start_ray(verbose: bool) -> None:
+    """Join the cluster RAY_ADDRESS names (a job's environment does), else start one on this machine."""
+    # Logical CPUs: with fewer than four, pipelines on a small machine starve beside Train's controller.
+    own = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
+    level = logging.INFO if verbose else logging.ERROR
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(**own, log_to_driver=verbose, logging_level=level)
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.execution_options.preserve_order = True  # a stage that is run again makes the same batches
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(level)
+
+
+def check_placement(recipe: Recipe) -> None:
+    """Raises UserError (exit code 5) when the cluster cannot hold what the recipe asks for at a time."""
+    have = ray.cluster_resources()
+
+    def need(engine: Engine) -> tuple[float, float]:
+        return engine.replicas * engine.resources.cpus + 1, engine.replicas * engine.resources.gpus
+
+    spec = recipe.student
+    asked = {
+        "teacher.engine": need(recipe.teacher.engine),
+        "student.engine": need(recipe.student.engine),
+        "student.workers": (spec.workers * spec.resources.cpus, spec.workers * spec.resources.gpus),
+    }
+    for key, (cpus, gpus) in asked.items():
+        for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if wanted > have.get(kind, 0):
+                raise UserError(
+                    f"{key}: needs {wanted:g} {kind}s at a time, the cluster has {have.get(kind, 0):g}; lower replicas, workers or "
+                    "resources in the recipe, or run on a larger cluster",
+                    exit_code=5,
+                )

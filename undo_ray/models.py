@@ -1,0 +1,133 @@
+"""ModelRef to local disk. A model is named by a hub id (`org/name` or `org/name@revision`), a directory, a URI, or
+`package.module:function`, a function of the run's seed that returns a directory. Nothing else in undo_ray opens URIs of models.
+
+`check` runs in the driver before any work, `local` on each node that loads the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+from pathlib import Path
+
+from undo_ray.store import Place, filesystem
+from undo_ray.types import UserError
+
+_MADE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+def local(ref: str, seed: int) -> str:
+    """A directory on this node's disk that holds the model; downloads once per node, under a lock.
+
+    Raises UserError when the reference leads to nothing that looks like a model (config.json and safetensors weights).
+    """
+    if _MADE.fullmatch(ref):
+        directory = _make(ref, seed)
+    elif "://" in ref:
+        directory = _download(ref)
+    elif os.path.isdir(ref) or not _HUB.fullmatch(ref):
+        directory = ref
+    else:
+        from huggingface_hub import snapshot_download
+
+        name, _, revision = ref.partition("@")
+        try:
+            directory = snapshot_download(name, revision=revision or None, allow_patterns=list(_WEIGHTS))
+        except Exception as error:  # the hub's client raises a dozen types; all mean that the model is not to be had
+            raise UserError(
+                f"model {ref}: no such directory, and the hub did not give it ({_first_line(error)}); check the name"
+            ) from None
+    if not os.path.isfile(os.path.join(directory, "config.json")):
+        raise UserError(f"model {ref}: {directory} has no config.json; give a directory that transformers can load")
+    if not list(Path(directory).glob("*.safetensors")):
+        raise UserError(f"model {ref}: {directory} has no *.safetensors weights; save the model with save_pretrained")
+    return directory
+
+
+def check(ref: str, seed: int, key: str) -> str:
+    """Fingerprint of a model's weights and tokenizer, for the run's identity.
+
+    A hub model's is its commit, so that the driver's node need not hold the weights. Raises UserError naming `key` when it is
+    not a model or its tokenizer has no chat template.
+    """
+    directory, fingerprint = _hub_tokenizer(ref) if _is_hub(ref) else (None, "")
+    if directory is None:
+        try:
+            directory = local(ref, seed)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        fingerprint = _weights_hash(directory)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}: {ref}: its tokenizer does not load ({_first_line(error)}); save one beside the weights") from None
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{key}: {ref}: its tokenizer has no chat template; use an instruct model, or save a chat_template with the tokenizer"
+        )
+    return fingerprint
+
+
+def _is_hub(ref: str) -> bool:
+    return bool(_HUB.fullmatch(ref)) and not os.path.isdir(ref)
+
+
+def _hub_tokenizer(ref: str) -> tuple[str | None, str]:
+    """(directory with the small files, commit) of a hub model; (None, "") when only a local copy can tell."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = ref.partition("@")
+    try:
+        directory = snapshot_download(name, revision=revision or None, allow_patterns=list(_WEIGHTS[1:]))
+    except Exception:  # see local(), which then says what is wrong
+        return None, ""
+    return directory, os.path.basename(directory)
+
+
+def _make(ref: str, seed: int) -> str:
+    module, _, name = ref.partition(":")
+    try:
+        return str(getattr(importlib.import_module(module), name)(seed))
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model {ref}: {error}; write it as package.module:function") from None
+
+
+def _download(uri: str) -> str:
+    from filelock import FileLock
+
+    cache = Path(os.environ.get("UNDO_RAY_CACHE", Path.home() / ".cache" / "undo_ray")) / "models"
+    target = cache / hashlib.sha256(uri.encode()).hexdigest()[:24]
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / ".complete").exists():
+            import pyarrow.fs as pafs
+
+            fs, path = filesystem(uri)
+            if not (Place(uri) / "config.json").exists():
+                raise UserError(f"model {uri}: has no config.json; give a directory that transformers can load")
+            pafs.copy_files(path, str(target), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+            (target / ".complete").touch()
+    return str(target)
+
+
+def _weights_hash(directory: str) -> str:
+    """Hash over names, sizes and 64 KiB samples of the model's files: seconds even for hundreds of GB."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in Path(directory).iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model"}):
+        size = file.stat().st_size
+        total.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            for offset in sorted({0, size // 2, max(0, size - 65536)}):
+                stream.seek(offset)
+                total.update(stream.read(65536))
+    return total.hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

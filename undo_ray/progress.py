@@ -1,0 +1,131 @@
+"""What a person sees while a stage works: a bar at a terminal, a plain line every few seconds in a job log.
+
+The workers of a stage report to one small actor, the board; a thread of the driver reads it and writes. Nothing in a stage
+waits for it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+LINE_SECONDS = 5.0
+"""Between two lines of a job log."""
+
+
+class Board:
+    """Running totals of the stage in progress. Made a Ray actor by `Progress.connect`."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def add(self, **figures: float) -> None:
+        """Add to counters: `done` rows, `asked` rows, `good` rows, `tokens`."""
+        for name, value in figures.items():
+            self.figures[name] = self.figures.get(name, 0) + value
+
+    def set(self, **figures: float) -> None:
+        """Set gauges: `loss`, and counters of one reporter."""
+        self.figures.update(figures)
+
+    def read(self) -> dict[str, float]:
+        return dict(self.figures)
+
+    def clear(self) -> None:
+        self.figures = {}
+
+
+class Progress:
+    """Writes the progress of one stage at a time to `stream`."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
+        self.board: Any = None
+        self._total: float | None = None
+        self._width = 0
+
+    def connect(self) -> None:
+        """Put the board on the Ray cluster; without it stages are announced but not followed."""
+        import ray
+
+        self.board = ray.remote(Board).options(num_cpus=0).remote()
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self._bar("")
+        print(text, file=self.stream, flush=True)
+
+    def total(self, rows: float) -> None:
+        """How many rows (or steps) the stage in progress has to do."""
+        self._total = rows
+
+    @contextmanager
+    def stage(self, name: str, k: int) -> Iterator[None]:
+        title = f"round {k} · {name}" if k >= 0 else name
+        start, self._total = time.monotonic(), None
+        if self.board is not None:
+            self.board.clear.remote()
+        stop = threading.Event()
+        thread = threading.Thread(target=self._follow, args=(title, start, stop), daemon=True, name="undo_ray progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+        self.say(f"{title}: {self._line(start, final=True)}")
+
+    def _follow(self, title: str, start: float, stop: threading.Event) -> None:
+        live = self.stream.isatty()
+        while not stop.wait(0.5 if live else LINE_SECONDS):
+            line = self._line(start)
+            if live:
+                self._bar(f"{title}: {line}")
+            elif line:
+                print(f"{title}: {line}", file=self.stream, flush=True)
+
+    def _bar(self, text: str) -> None:
+        """Overwrite the terminal's current line."""
+        if self.stream.isatty():
+            print("\r" + text.ljust(self._width), end="" if text else "\r", file=self.stream, flush=True)
+            self._width = len(text)
+
+    def _line(self, start: float, final: bool = False) -> str:
+        figures = self._read()
+        seconds = time.monotonic() - start
+        done, asked = figures.get("done", 0), figures.get("asked", 0)
+        parts = []
+        if self._total and done:
+            if not final:
+                filled = int(20 * min(1.0, done / self._total))
+                parts.append(f"[{'#' * filled}{'.' * (20 - filled)}]" if self.stream.isatty() else "")
+            parts.append(f"{done:.0f}/{self._total:.0f}")
+        if done:
+            parts.append(f"{done / seconds:.1f} rows/s")
+        if figures.get("tokens"):
+            parts.append(f"{figures['tokens'] / seconds:,.0f} tokens/s")
+        if asked:
+            parts.append(f"{figures.get('good', 0) / asked:.0%} right")
+        if "loss" in figures:
+            parts.append(f"loss {figures['loss']:.3f}")
+        if final:
+            parts.append(f"{seconds:.1f} s")
+        elif self._total and done:
+            parts.append(f"{(self._total - done) * seconds / done:.0f} s to go")
+        else:
+            parts.append(f"starting, {seconds:.0f} s")
+        return ", ".join(part for part in parts if part)
+
+    def _read(self) -> dict[str, float]:
+        import ray
+
+        if self.board is None:
+            return {}
+        try:
+            return dict(ray.get(self.board.read.remote(), timeout=5))
+        except ray.exceptions.RayError:  # progress must never stop the work; the stage's own calls will say what broke
+            return {}

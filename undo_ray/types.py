@@ -1,0 +1,138 @@
+"""The nouns of undo_ray and the one Arrow schema that every stage reads and writes.
+
+Vocabulary: a **problem** is a question with a known answer. A **rationale** is what the teacher wrote for it in round k, an
+**attempt** what a student wrote. A **verdict** says whether a text reached the problem's answer. A **lesson** is a chat the
+student is trained on, made from an accepted rationale. A **gap**, Δ(k), is what the student got wrong after round k, as the
+teacher sees it. "Round" and "iteration" are one thing; round 0 is standard one-shot distillation.
+
+One row per problem travels round the loop. `ROWS` is its schema, identical in every round, so that no column drifts: a stage
+fills `candidates`, `attempt`, `history` and `lesson`, and passes everything else through. Names ending in `_ref` are
+`ray.ObjectRef`s; they die with the driver, so nothing that must last is ever one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import pyarrow as pa
+
+Row = dict[str, Any]
+"""One row of `ROWS` as plain Python values (`pa.Table.to_pylist`)."""
+
+TRAIN, SHOW, SELECT = "train", "show", "select"
+"""The three roles of rows inside the loop (column `split`): taught; shown in every teacher prompt; chooses between rounds."""
+
+
+class Message(TypedDict):
+    """One turn of a chat, e.g. `{"role": "user", "content": "What is 2 + 2?"}`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What grading one text against one problem found.
+
+    Example: `Verdict(False, "41")`, `Verdict(False, None, "no_answer")`. Ungraded counts as wrong and is always shown apart.
+    """
+
+    correct: bool
+    answer: str | None = None
+    """The answer found in the text, as written there."""
+    reason: str | None = None
+    """Why nothing could be graded: one of `UNGRADED`; None when an answer was compared."""
+
+
+NO_ANSWER, FORMAT, TRUNCATED, TIMEOUT, ENGINE_ERROR = "no_answer", "format", "truncated", "timeout", "engine_error"
+UNGRADED = (NO_ANSWER, FORMAT, TRUNCATED, TIMEOUT, ENGINE_ERROR)
+"""Reasons of a verdict that compared nothing."""
+
+VERDICT = pa.struct([("correct", pa.bool_()), ("answer", pa.string()), ("reason", pa.string())])
+
+GENERATION = pa.struct(
+    [
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),  # "stop" | "length"; null when the engine failed
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),  # prompt tokens whose keys and values were reused, as the engine counts them
+        ("completion_tokens", pa.int64()),
+        ("engine_error", pa.string()),
+    ]
+)
+"""One sample from an engine."""
+
+CANDIDATE = pa.struct(
+    [
+        ("round", pa.int64()),
+        *GENERATION,
+        ("diagnosis", pa.string()),  # what the teacher said about the student's answer; kept, never trained on
+        ("rationale", pa.string()),  # the part that is graded and trained on; null when the text could not be parsed
+        ("verdict", VERDICT),
+        ("refused", pa.string()),  # why it is no lesson (see gap.refusal); null when accepted
+    ]
+)
+"""One rationale of this round, accepted or not."""
+
+ATTEMPT = pa.struct([("round", pa.int64()), *GENERATION, ("verdict", VERDICT)])
+"""What the student of `round` wrote."""
+
+HISTORY = pa.struct(
+    [
+        ("round", pa.int64()),
+        ("rationale", pa.string()),
+        ("diagnosis", pa.string()),
+        ("rationale_verdict", VERDICT),
+        ("attempt", pa.string()),
+        ("attempt_verdict", VERDICT),
+    ]
+)
+"""One round of a question's own past: what the teacher wrote, and what its student then made of the question."""
+
+PROBLEM_FIELDS: dict[str, pa.DataType] = {
+    "id": pa.string(),  # `gsm8k/train/17`: stable and unique in a run, the key of everything
+    "task": pa.string(),  # whose grader judges answers: a name of tasks.TASKS or `package.module:NAME`
+    "split": pa.string(),  # role in the run (train, show, select); of test rows the name of the test
+    "question": pa.string(),
+    "answer": pa.string(),  # the gold answer alone, without its derivation
+    "choices": pa.list_(pa.string()),  # options of a multiple-choice question
+    "subject": pa.string(),  # the benchmark's own category: for error profiles, never in a prompt
+    "level": pa.string(),
+}
+"""A problem: a question whose answer is known."""
+
+ROWS = pa.schema(
+    [
+        *PROBLEM_FIELDS.items(),
+        ("history", pa.list_(HISTORY)),  # oldest first
+        ("candidates", pa.list_(CANDIDATE)),  # this round's samples
+        ("attempt", ATTEMPT),  # the newest attempt of a student
+        ("lesson", pa.struct([("round", pa.int64()), ("rationale", pa.string())])),  # newest accepted rationale
+    ]
+)
+"""The row that travels round the loop."""
+
+LESSONS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("round", pa.int64()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+    ]
+)
+"""What `accept` writes and `finetune` reads; loadable as it is by TRL, Axolotl, LLaMA-Factory and `datasets`."""
+
+
+class UserError(Exception):
+    """Something the person running undo_ray can mend. The message is one line: what, where, the remedy.
+
+    `exit_code` is what the command line exits with: 2 for input, 3 for a round without any accepted rationale, 4 for a run
+    directory that cannot be used (held by another driver, another identity, a corrupt record), 5 for too few resources.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message, exit_code)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
