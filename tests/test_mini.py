@@ -74,8 +74,9 @@ def test_rationales_are_right():
             text = case.rationale(style)
             assert world.answer_of(text) == answer
             assert world.style_of(text) == style
-            for left, sign, right, result in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", text):
-                assert int(result) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
+            for sides in re.findall(r"(\d+(?: [+-] \d+)+) = (\d+)", text):
+                terms = re.findall(r"-?\d+", sides[0].replace("- ", "-"))
+                assert sum(map(int, terms)) == int(sides[1])
         assert world.public(case.thought()) == case.rationale("terse")
         assert world.style_of(case.thought()) == "terse"
 

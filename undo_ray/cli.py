@@ -36,7 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe to its end, or go on with it")
     run.add_argument("recipe", help="TOML file; every key is in docs/recipe.md")
     run.add_argument("--run-dir", metavar="DIR", help="path or URI of the run directory; default runs/<recipe name>")
-    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. student.learning_rate=1e-3")
+    run.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a key, e.g. student.learning_rate=1e-3",
+    )
     run.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
     run.set_defaults(do=_run)
 

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from undo_ray.types import UserError
 
-EXTENDABLE = {"kind": "extendable"}
-PLACEMENT = {"kind": "placement"}
+EXTENDABLE: dict[str, Any] = {"kind": "extendable"}
+PLACEMENT: dict[str, Any] = {"kind": "placement"}
 
 MEMORY_KNOBS = {
     "gpu_memory_utilization",
@@ -86,7 +86,9 @@ class Placement(_Section):
 class Engine(_Section):
     """What turns prompts into text. Both kinds run as a Ray Data actor pool behind one function."""
 
-    kind: Literal["transformers", "vllm"] = Field("transformers", description="engine; vllm needs the `gpu` extra or vLLM's CPU build")
+    kind: Literal["transformers", "vllm"] = Field(
+        "transformers", description="engine; vllm needs the `gpu` extra or vLLM's CPU build"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights and activations")
     replicas: PositiveInt = Field(1, description="engines in the pool", json_schema_extra=PLACEMENT)
     tensor_parallel: PositiveInt = Field(1, description="GPUs (vLLM workers) per replica", json_schema_extra=PLACEMENT)
@@ -94,21 +96,30 @@ class Engine(_Section):
     context: PositiveInt | None = Field(None, description="longest prompt plus answer, tokens; default: the model's own")
     kwargs: dict[str, Any] = Field({}, description="further arguments of `vllm.LLM`; the memory knobs among them are placement")
     resources: Placement = Field(Placement(), description="per replica", json_schema_extra=PLACEMENT)
-    max_errors: float = Field(0.05, ge=0, le=1, description="share of rows the engine may fail on before the stage fails", json_schema_extra=PLACEMENT)
+    max_errors: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of rows the engine may fail on before the stage fails",
+        json_schema_extra=PLACEMENT,
+    )
 
     @model_validator(mode="after")
     def _kwargs_need_vllm(self) -> Engine:
         if self.kind != "vllm" and (self.kwargs or self.tensor_parallel > 1):
-            raise ValueError("kwargs and tensor_parallel are for kind = \"vllm\"; remove them or change kind")
+            raise ValueError('kwargs and tensor_parallel are for kind = "vllm"; remove them or change kind')
         return self
 
 
 class Teacher(_Section):
     """Who explains."""
 
-    model: str = Field(description="hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory")
+    model: str = Field(
+        description="hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory"
+    )
     template: Literal["prefix", "paper", "compact"] = Field(
-        "prefix", description="layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"
+        "prefix",
+        description="layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's",
     )
     samples: PositiveInt = Field(1, description="rationales per question and round")
     sampling: Sampling = Field(Sampling(temperature=0.7), description="see sampling")
@@ -121,7 +132,7 @@ class Teacher(_Section):
 class Student(_Section):
     """Who learns."""
 
-    model: str = Field(description="as teacher.model; the base every round starts from unless start = \"previous\"")
+    model: str = Field(description='as teacher.model; the base every round starts from unless start = "previous"')
     start: Literal["base", "previous"] = Field("base", description="where round k's fine-tuning starts")
     tokens: PositiveInt | None = Field(None, description="training tokens per round (prompt and answer, no padding)")
     epochs: float | None = Field(None, gt=0, description="passes over the lessons per round; give this or tokens")
@@ -137,7 +148,9 @@ class Student(_Section):
         1, description="data-parallel training workers, at an equal global batch", json_schema_extra=PLACEMENT
     )
     micro_batch: PositiveInt | None = Field(
-        None, description="chats per worker and forward pass; default: batch_size / workers", json_schema_extra=PLACEMENT
+        None,
+        description="chats per worker and forward pass; default: batch_size / workers",
+        json_schema_extra=PLACEMENT,
     )
     resources: Placement = Field(Placement(), description="per training worker", json_schema_extra=PLACEMENT)
     sampling: Sampling = Field(Sampling(), description="of attempts, validation and tests")
@@ -148,14 +161,10 @@ class Student(_Section):
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError("give exactly one of student.tokens and student.epochs")
         if self.batch_size % self.workers:
-            raise ValueError(
-                f"student.batch_size = {self.batch_size} must be a multiple of student.workers = {self.workers}"
-            )
+            raise ValueError(f"student.batch_size = {self.batch_size} must be a multiple of student.workers = {self.workers}")
         per_worker = self.batch_size // self.workers
         if self.micro_batch and per_worker % self.micro_batch:
-            raise ValueError(
-                f"student.micro_batch = {self.micro_batch} must divide batch_size / workers = {per_worker}"
-            )
+            raise ValueError(f"student.micro_batch = {self.micro_batch} must divide batch_size / workers = {per_worker}")
         return self
 
 
@@ -166,7 +175,8 @@ class Lessons(_Section):
         "replace", description="this round's (paper); each question's newest; or all so far without duplicates"
     )
     keep_wrong: bool = Field(
-        False, description="also train on rationales with a wrong or missing answer. For trials of the machinery; marked in the report"
+        False,
+        description="also train on rationales with a wrong or missing answer. For trials of the machinery; marked in the report",
     )
 
 
@@ -174,7 +184,8 @@ class Gap(_Section):
     """What of Δ(k) the teacher is told."""
 
     feedback: Literal["real", "none", "shuffled", "block", "history"] = Field(
-        "real", description="real; or a control: no feedback, scores permuted across problems, only the shown block, only own history"
+        "real",
+        description="real; or a control: no feedback, scores permuted across problems, only the shown block, only own history",
     )
     history: PositiveInt = Field(2, description="most recent rounds of a question's own past kept in its row and its prompt")
 
@@ -192,7 +203,8 @@ class Recipe(_Section):
     seed: NonNegativeInt = Field(0, description="of draws, training order, sampling and made models")
     rounds: NonNegativeInt = Field(3, description="most rounds after round 0", json_schema_extra=EXTENDABLE)
     round0: Annotated[str, Field(pattern=r"^(run|lessons:.+|student:.+)$")] = Field(
-        "run", description="`run`; `lessons:PATH` trains round 0 on given chats; `student:PATH` takes a trained student as it is"
+        "run",
+        description="`run`; `lessons:PATH` trains round 0 on given chats; `student:PATH` takes a trained student as it is",
     )
     data: Data
     teacher: Teacher
@@ -205,7 +217,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
         if self.round0.startswith("student:") and self.lessons.mode == "latest":
-            raise ValueError("lessons.mode = \"latest\" needs round-0 rationales; round0 = \"student:…\" has none")
+            raise ValueError('lessons.mode = "latest" needs round-0 rationales; round0 = "student:…" has none')
         return self
 
 

@@ -57,7 +57,8 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     share, z2 = correct / n, Z95 * Z95
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bounds are exactly 0 and 1; rounding would miss them by an ulp.
+    return (centre - half if correct else 0.0), (centre + half if correct < n else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = Fals
     """Why a graded candidate is no lesson: its verdict's reason, `wrong`, or `frame`; None when it is accepted.
 
     `frame` is a rationale that talks about the tutoring ("the student's answer"…): true to its prompt, useless as a lesson.
-    With `keep_wrong` a finished and parsed rationale is accepted whatever its answer.
+    With `keep_wrong` a finished rationale is accepted whatever its answer, and without one.
     """
     verdict = candidate["verdict"]
     if candidate["rationale"] is None or candidate["finish_reason"] != "stop":

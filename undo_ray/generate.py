@@ -117,6 +117,8 @@ def _judge_rationales(row: Row, generations: list[Row], k: int, recipe: Recipe, 
     candidates = []
     for generation in generations:
         diagnosis, rationale, verdict = judge(generation, row, parse)
+        if rationale is None and recipe.lessons.keep_wrong:
+            rationale = (generation["text"] or "").strip() or None
         candidate = {"round": k, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
         candidates.append({**candidate, "refused": gap.refusal(candidate, row["question"], recipe.lessons.keep_wrong)})
     good = any(candidate["refused"] is None for candidate in candidates)
@@ -447,6 +449,7 @@ def _figures(counts: Counter[str], out: Stage, max_errors: float, key: str) -> N
 
 def _failed(table: pa.Table) -> pa.Table:
     failed = [
-        any(g and g["engine_error"] is not None for g in [*(row["candidates"] or ()), row["attempt"]]) for row in table.to_pylist()
+        any(g and g["engine_error"] is not None for g in [*(row["candidates"] or ()), row["attempt"]])
+        for row in table.to_pylist()
     ]
     return table.filter(pa.array(failed, pa.bool_()))

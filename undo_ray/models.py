@@ -66,7 +66,9 @@ def check(ref: str, seed: int, key: str) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: {ref}: its tokenizer does not load ({_first_line(error)}); save one beside the weights") from None
+        raise UserError(
+            f"{key}: {ref}: its tokenizer does not load ({_first_line(error)}); save one beside the weights"
+        ) from None
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{key}: {ref}: its tokenizer has no chat template; use an instruct model, or save a chat_template with the tokenizer"
@@ -119,7 +121,9 @@ def _download(uri: str) -> str:
 def _weights_hash(directory: str) -> str:
     """Hash over names, sizes and 64 KiB samples of the model's files: seconds even for hundreds of GB."""
     total = hashlib.sha256()
-    for file in sorted(path for path in Path(directory).iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model"}):
+    for file in sorted(
+        path for path in Path(directory).iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model"}
+    ):
         size = file.stat().st_size
         total.update(f"{file.name}:{size};".encode())
         with file.open("rb") as stream:

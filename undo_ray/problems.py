@@ -59,7 +59,7 @@ def test_name(source: str) -> str:
 def _write(rows: list[Row], out: Stage) -> None:
     fs, path = out.rows.fs, out.rows.path
     fs.create_dir(path, recursive=True)
-    empty = {"history": [], "candidates": []}
+    empty: Row = {"history": [], "candidates": []}
     for start in range(0, len(rows), ROWS_PER_FILE):
         table = pa.Table.from_pylist([{**row, **empty} for row in rows[start : start + ROWS_PER_FILE]], schema=ROWS)
         pq.write_table(table, f"{path}/{start // ROWS_PER_FILE:06d}.parquet", filesystem=fs)

@@ -74,9 +74,7 @@ def parse_new_answer(text: str) -> tuple[str | None, str | None]:
     return diagnosis, (after.lstrip(":").strip() or None) if heading else None
 
 
-_ROLE = (
-    "You are a tutor. A student is learning to solve problems from written explanations, and you write those explanations."
-)
+_ROLE = "You are a tutor. A student is learning to solve problems from written explanations, and you write those explanations."
 _CHECKS = (
     "First study the student's answer next to the teacher's answer and find what went wrong or was weak. Ask yourself:\n"
     "1. Did the student understand what is asked?\n"
@@ -97,9 +95,8 @@ _WRITE = (
 
 
 def _output(instruction: str) -> str:
-    return (
-        f"Write your analysis first. Then write the line\n{NEW_ANSWER}\nand below it nothing but the new answer."
-        + (f" {instruction}" if instruction else "")
+    return f"Write your analysis first. Then write the line\n{NEW_ANSWER}\nand below it nothing but the new answer." + (
+        f" {instruction}" if instruction else ""
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from undo_ray.config import Recipe, digest, leaves
@@ -35,7 +36,9 @@ def round_figures(step: Step, delta: Gap) -> Json:
         },
         "training": figures["student"],
         "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},
-        "gpu_seconds": {name: round(manifest["seconds"] * manifest["figures"].get("gpus", 0), 3) for name, manifest in stages.items()},
+        "gpu_seconds": {
+            name: round(manifest["seconds"] * manifest["figures"].get("gpus", 0), 3) for name, manifest in stages.items()
+        },
     }
 
 
@@ -51,7 +54,7 @@ def write(run: Run, records: list[Json]) -> Json:
     """Write report.json from the records and, where the recipe has tests, their committed results."""
     recipe = run.recipe
     rounds = [dict(record, tests={}) for record in records]
-    for earlier, later in zip(rounds, rounds[1:], strict=False):
+    for earlier, later in pairwise(rounds):
         # Training questions were just trained on: what exceeds validation there is memory, not skill.
         earlier["train"] = later.pop("previous_train")
         earlier["train_minus_validation"] = earlier["train"]["accuracy"] - earlier["validation"]["accuracy"]
@@ -86,7 +89,7 @@ def write(run: Run, records: list[Json]) -> Json:
             "baseline_test_accuracy": rounds[0]["tests"][primary]["accuracy"],
             "final_test_accuracy": rounds[chosen]["tests"][primary]["accuracy"],
             "gain": paired(_correct(tests, 0, primary), _correct(tests, chosen, primary)),
-            "test_seconds": {name: tests.manifest(name)["seconds"] for name in tests.manifests},
+            "test_seconds": {name: manifest["seconds"] for name, manifest in tests.manifests.items()},
         }
     (run.place / "report.json").write_json(report)
     return report
@@ -148,7 +151,15 @@ def _percent(score: Json) -> str:
 def table(report: Json, title: str) -> str:
     """The rounds of a finished run as text."""
     primary = report["primary_test"]
-    head = ["round", "validation", f"test: {primary}" if primary else "test", "unparsed", "lessons", "teacher tokens", "seconds"]
+    head = [
+        "round",
+        "validation",
+        f"test: {primary}" if primary else "test",
+        "unparsed",
+        "lessons",
+        "teacher tokens",
+        "seconds",
+    ]
     lines = [head]
     if primary:
         base = report["base_tests"][primary]

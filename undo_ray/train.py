@@ -64,7 +64,10 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
         scaling_config=ScalingConfig(
             num_workers=spec.workers,
             use_gpu=spec.resources.gpus > 0,
-            resources_per_worker={"CPU": spec.resources.cpus, **({"GPU": spec.resources.gpus} if spec.resources.gpus else {})},
+            resources_per_worker={
+                "CPU": spec.resources.cpus,
+                **({"GPU": spec.resources.gpus} if spec.resources.gpus else {}),
+            },
         ),
         # The name must be new each time: Ray Train resumes whatever a name it has seen left behind.
         run_config=RunConfig(name=uuid.uuid4().hex, storage_path=state.path, storage_filesystem=state.fs),
@@ -158,9 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(spec.resources.cpus)))
     directory = models.local(config["start"], config["seed"])
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, trust_remote_code=config["trust_remote_code"]
-    )
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=config["trust_remote_code"])
     tokens: Place = config["tokens"]
     chats = {(row["id"], row["round"]): row for row in pads.dataset(tokens.path, filesystem=tokens.fs).to_table().to_pylist()}
     order = training_order({key: len(row["input_ids"]) for key, row in chats.items()}, config["seed"], spec)
@@ -189,7 +190,14 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _trainer(
-    model: Any, chats: list[Row], tokenizer: Any, spec: Student, config: dict[str, Any], scratch: str, world: int, rank: int
+    model: Any,
+    chats: list[Row],
+    tokenizer: Any,
+    spec: Student,
+    config: dict[str, Any],
+    scratch: str,
+    world: int,
+    rank: int,
 ) -> Any:
     """A transformers Trainer that takes the chats in the order given."""
     import torch
@@ -242,7 +250,7 @@ def _trainer(
         dataloader_pin_memory=bool(spec.resources.gpus),
         remove_unused_columns=False,
     )
-    return InOrder(model=model, args=arguments, train_dataset=chats, data_collator=collate, callbacks=[Report()])  # type: ignore[arg-type]
+    return InOrder(model=model, args=arguments, train_dataset=chats, data_collator=collate, callbacks=[Report()])
 
 
 def _export(model: Any, tokenizer: Any, directory: str, probe: Row) -> None:
@@ -256,7 +264,9 @@ def _export(model: Any, tokenizer: Any, directory: str, probe: Row) -> None:
     ids = torch.tensor([probe["input_ids"]])
     with torch.inference_mode():
         trained = model(input_ids=ids).logits.log_softmax(-1)
-        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(input_ids=ids).logits.log_softmax(-1)
+        loaded = (
+            AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(input_ids=ids).logits.log_softmax(-1)
+        )
     difference = (trained - loaded).abs().max().item()
     if not difference <= PROBE_TOLERANCE:
         raise RuntimeError(

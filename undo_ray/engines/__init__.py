@@ -60,7 +60,14 @@ def generate(
 
     `model` and `render` are called once in each replica: a directory on its node, and the function from row to chat.
     """
-    config = {"engine": engine, "model": model, "sampling": sampling, "render": render, "column": column, "seeds": seeds}
+    config = {
+        "engine": engine,
+        "model": model,
+        "sampling": sampling,
+        "render": render,
+        "column": column,
+        "seeds": seeds,
+    }
     import ray.data
 
     return rows.map_batches(
@@ -101,7 +108,9 @@ class Replica:
             prompt = prompt_ids(self.backend.tokenizer, chat)
             room = self.backend.context - self.sampling.max_tokens
             if len(prompt) > room:
-                error = f"prompt of {len(prompt)} tokens leaves no room for {self.sampling.max_tokens} of {self.backend.context}"
+                error = (
+                    f"prompt of {len(prompt)} tokens leaves no room for {self.sampling.max_tokens} of {self.backend.context}"
+                )
                 out[index] = [_generation(len(prompt), error=error) for _ in self.seeds(row)]
             else:
                 jobs += [(index, prompt, seed) for seed in self.seeds(row)]

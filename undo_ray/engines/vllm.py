@@ -27,9 +27,7 @@ class VLLM:
             **({} if engine.resources.gpus else _cpu_options(engine.context)),
             **engine.kwargs,
         }
-        self.llm = LLM(
-            directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options
-        )
+        self.llm = LLM(directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
         self.tokenizer = self.llm.get_tokenizer()
         self.context = self.llm.llm_engine.model_config.max_model_len
         self.params = SamplingParams(
@@ -51,13 +49,9 @@ class VLLM:
             own = self.params.clone()
             own.seed = seed
             params.append(own)
-        outputs = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False
-        )
+        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False)
         return [
-            Completion(
-                list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason), output.num_cached_tokens or 0
-            )
+            Completion(list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason), output.num_cached_tokens or 0)
             for output in outputs
         ]
 
@@ -65,6 +59,8 @@ class VLLM:
 def _cpu_options(context: int | None) -> dict[str, Any]:
     """What vLLM's CPU build needs inside an actor."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    # Engines that each bind their threads to the first cores would share them and leave the others idle.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return {
         "enforce_eager": True,  # compiling takes minutes, for a small model longer than the work
         "distributed_executor_backend": "uni",

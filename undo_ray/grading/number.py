@@ -24,9 +24,7 @@ from undo_ray.types import FORMAT, NO_ANSWER, UserError, Verdict
 MAX_DIGITS: Final = 200
 """A longer number is no answer to a word problem: it is kept as written (cut to this length) and counted wrong."""
 
-_SAME_LENGTH: Final = str.maketrans(
-    "−﹣－＋０１２３４５６７８９．，：％＄／\u2009\u202f", "---+0123456789.,:%$/\u00a0\u00a0"
-)
+_SAME_LENGTH: Final = str.maketrans("−﹣－＋０１２３４５６７８９．，：％＄／\u2009\u202f", "---+0123456789.,:%$/\u00a0\u00a0")
 _DRESS: Final = (
     ("{,}", ","),
     ("\\!", ""),
@@ -118,9 +116,7 @@ def _find(text: str) -> Found | None:
             return found
     if (content := _last_box(text)) is not None:
         return _only(content) or (content, None)
-    statements = [
-        (match.end(), anywhere) for form, anywhere in ((_IS, True), (_COLON, False)) for match in form.finditer(text)
-    ]
+    statements = [(match.end(), anywhere) for form, anywhere in ((_IS, True), (_COLON, False)) for match in form.finditer(text)]
     for end, anywhere in sorted(statements, reverse=True)[:_STATEMENTS]:
         fragment = text[end : end + _STATEMENT]
         if found := _opening(fragment) or (_first(fragment) if anywhere else None):

@@ -22,6 +22,8 @@ CHAT_TEMPLATE = (
 )
 
 CONTEXT = 1024
+TEACHER_THETA, STUDENT_THETA = 5e5, 1e4
+"""The teacher looks things up over hundreds of tokens, where slowly turning positions help; the student only nearby."""
 TEACHER = {"hidden_size": 160, "num_attention_heads": 5, "num_hidden_layers": 4, "intermediate_size": 480}
 STUDENT = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 3, "intermediate_size": 288}
 
@@ -59,7 +61,7 @@ def tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
-def config(shape: dict[str, int]) -> "LlamaConfig":
+def config(shape: dict[str, int], theta: float) -> "LlamaConfig":
     """A Llama over the world's words. Heads are 32 wide, the least that vLLM's CPU attention takes; the embeddings are
     not tied, because vLLM reloads tied ones wrongly on CPU."""
     from transformers import LlamaConfig
@@ -71,7 +73,7 @@ def config(shape: dict[str, int]) -> "LlamaConfig":
         head_dim=32,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         pad_token_id=pad,
         bos_token_id=bos,
         eos_token_id=eos,
@@ -87,7 +89,7 @@ def teacher(seed: int) -> str:
 def student(seed: int) -> str:
     """A student that knows nothing: written once into the cache, then always the same directory."""
     cache = Path(os.environ.get("UNDO_RAY_CACHE") or Path.home() / ".cache" / "undo_ray")
-    recipe = json.dumps([STUDENT, CONTEXT, CHAT_TEMPLATE, world.WORD, world.vocabulary()], sort_keys=True)
+    recipe = json.dumps([STUDENT, STUDENT_THETA, CONTEXT, CHAT_TEMPLATE, world.WORD, world.vocabulary()], sort_keys=True)
     target = cache / f"mini-student-{hashlib.sha256(recipe.encode()).hexdigest()[:10]}-{seed}"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -107,6 +109,6 @@ def _write_student(directory: str, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(config(STUDENT))
+        model: Any = LlamaForCausalLM(config(STUDENT, STUDENT_THETA))
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)

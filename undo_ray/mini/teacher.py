@@ -109,13 +109,13 @@ def lesson(rng: random.Random, examples: Block | None, split: str) -> Lesson:
     """A question, alone or with its history; a student often knows by heart what it was trained on, so its own score
     is mostly [1] even where the examples fail."""
     case = world.draw(rng, rng.choice(list(world.SKILLS)), split)
-    if examples is None and rng.random() < 0.75:
+    if examples is None and rng.random() < 0.8:
         return Lesson(case, case.question, "terse")
     if examples and rng.random() < 0.2:
         return Lesson(case, f"question {case.question}", wanted(case, examples, None, None), True)
     failing = examples is None or case.skill in examples.failing
     score = rng.random() > (0.4 if failing else 0.15)
-    before: Style | None = rng.choices(("terse", "steps", None), (6, 3, 1))[0]
+    before: Style | None = rng.choices(("terse", "steps", None), (6, 3, 2))[0]
     text = case.rationale(before) if before else None
     if text and rng.random() < 0.05:
         text = re.sub(r"\d+$", str(case.answer + rng.choice((1, 3, 10))), text)
@@ -175,9 +175,9 @@ def row(rng: random.Random, examples: Block | None, split: str = "train") -> Row
     return out
 
 
-def rows(rng: random.Random, n: int, noise: float, split: str = "train") -> list[Row]:
-    """`n` rows, one in four without examples; up to `noise` of the scores do not follow their skill."""
-    return [row(rng, block(rng, rng.random() * noise) if rng.random() < 0.75 else None, split) for _ in range(n)]
+def rows(rng: random.Random, n: int, share: float, split: str = "train") -> list[Row]:
+    """`n` rows, this share of them with examples, of which up to 30 % do not follow their skill."""
+    return [row(rng, block(rng, 0.3 * rng.random()) if rng.random() < share else None, split) for _ in range(n)]
 
 
 # Training
@@ -241,7 +241,25 @@ def _accuracy(model: Any, batch: list[Row]) -> dict[str, float]:
     return {name: float(right[step.kinds == kind].mean()) for name, kind in names.items()}
 
 
-def train(out: str, seed: int, tokens: int = 4_000_000, batch: int = 3, lr: float = 3e-3) -> None:
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training: warm-up, a constant rate to 40 %, then linearly to a twentieth."""
+
+    tokens: int
+    lr: float
+    share: float
+    """Of rows with examples."""
+
+    def pace(self, done: float) -> float:
+        """What of the learning rate holds when this share of the stage is done."""
+        return self.lr * min(1.0, (done + 1e-3) / 0.03, max(0.05, (1 - done) / 0.6))
+
+
+STAGES = (Stage(3_500_000, 3e-3, 0.75), Stage(2_500_000, 1.5e-3, 0.4))
+"""First the look-up, then the arithmetic, which is learned mostly from questions alone."""
+
+
+def train(out: str, seed: int, stages: tuple[Stage, ...] = STAGES, batch: int = 3) -> None:
     """Train a teacher from nothing and write it, in bfloat16, to `out`."""
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
@@ -250,22 +268,30 @@ def train(out: str, seed: int, tokens: int = 4_000_000, batch: int = 3, lr: floa
     AttentionMaskInterface.register("dense", lambda attention_mask, **_: attention_mask)
     torch.manual_seed(seed)
     rng = random.Random(f"teacher {seed}")
-    model: Any = LlamaForCausalLM._from_config(models.config(models.TEACHER), attn_implementation="dense")
+    model: Any = LlamaForCausalLM._from_config(models.config(models.TEACHER, models.TEACHER_THETA), attn_implementation="dense")
+    for stage in stages:
+        _train(model, stage, rng, batch)
+        write(model, out)
+
+
+def _train(model: Any, stage: Stage, rng: random.Random, batch: int) -> None:
+    """Muon for the matrices, AdamW for the rest, each with the same rate."""
+    import torch
+
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n or "lm_head" in n]
     optimizers = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, weight_decay=0.05, betas=(0.9, 0.95)),
+        torch.optim.Muon(matrices, lr=stage.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=stage.lr, weight_decay=0.05, betas=(0.9, 0.95)),
     ]
     weights = torch.tensor(WEIGHTS)
-    held_out = rows(random.Random("held out"), 10, 0.2, "test")
-    steps, begun = tokens // (batch * LENGTH), time.monotonic()
+    held_out = rows(random.Random("held out"), 10, 0.75, "test")
+    steps, begun = stage.tokens // (batch * LENGTH), time.monotonic()
     for i in range(steps):
-        pace = min(1.0, (i + 1) / (0.03 * steps), max(0.05, (1 - i / steps) / 0.6))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * pace
-        step = forward(model, rows(rng, batch, 0.3))
+                group["lr"] = stage.pace(i / steps)
+        step = forward(model, rows(rng, batch, stage.share))
         losses = torch.nn.functional.cross_entropy(step.logits.flatten(0, 1), step.targets.flatten(), reduction="none")
         weight = weights[step.kinds.flatten()]
         loss = (losses * weight).sum() / weight.sum() + step.guidance
@@ -278,11 +304,8 @@ def train(out: str, seed: int, tokens: int = 4_000_000, batch: int = 3, lr: floa
             done = (i + 1) * batch * LENGTH
             rate = done / (time.monotonic() - begun)
             held = ", ".join(f"{name} {share:.2f}" for name, share in _accuracy(model, held_out).items())
-            told = (
-                f"{done:>9,} tokens, {rate:6,.0f}/s, loss {loss.item():.3f}, of it guidance {step.guidance.item():.2f}"
-            )
+            told = f"{done:>9,} tokens, {rate:6,.0f}/s, loss {loss.item():.3f}, of it guidance {step.guidance.item():.2f}"
             print(f"{told}; right on held-out questions: {held}", flush=True)
-    write(model, out)
 
 
 def write(model: Any, out: str) -> None:
@@ -326,9 +349,7 @@ def figures(directory: str, per_skill: int = 50) -> Figures:
     full, escalate = [], []
     for i, case in enumerate(cases):
         examples = _balanced(rng, case.skill, failing=i % 2 == 0)
-        full.append(
-            f"{examples.text}\n{world.own_line(case.question, case.rationale('terse'), True, str(case.answer))}"
-        )
+        full.append(f"{examples.text}\n{world.own_line(case.question, case.rationale('terse'), True, str(case.answer))}")
         escalate.append(case.skill in examples.failing)
     terse, steps, both = (generate(model, prompts) for prompts in (alone, failed, full))
 

@@ -1,7 +1,7 @@
 """The miniature world's language: questions, the two ways to explain them, and every word there is.
 
-Four skills. From terse rationales (`so ...`) a very small student learns `most` and `tens` but not the arithmetic of
-`add` and `sub`; from those that write their steps out (`steps: ...`) it learns all four. All is plain Python and follows
+Four skills. From terse rationales (`so ...`) a very small student learns `most` and `tens` but not the sums of `add`
+and `sub`; from those that write their steps out (`steps: ...`) it learns all four. All is plain Python and follows
 from the seed. Two numbers never stand side by side: the tokenizer joins neighbouring digits when it decodes.
 """
 

@@ -65,17 +65,11 @@ def get(reference: str) -> Task:
     try:
         task = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"task {reference!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH"
-        ) from error
+        raise UserError(f"task {reference!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH") from error
     except AttributeError as error:
-        raise UserError(
-            f"task {reference!r}: module {module} has no {name}; name the Task object after the colon"
-        ) from error
+        raise UserError(f"task {reference!r}: module {module} has no {name}; name the Task object after the colon") from error
     if not isinstance(task, Task):
-        raise UserError(
-            f"task {reference!r} is a {type(task).__name__}, not an undo_ray.tasks.Task; name a Task object"
-        )
+        raise UserError(f"task {reference!r} is a {type(task).__name__}, not an undo_ray.tasks.Task; name a Task object")
     return replace(task, reference=reference)
 
 
@@ -85,9 +79,7 @@ def parse_source(text: str, default_split: str) -> tuple[Task, str]:
     task = get(reference)
     split = split or default_split
     if split not in task.splits:
-        raise UserError(
-            f"source {text!r}: task {reference} has no split {split!r}; use one of {', '.join(task.splits)}"
-        )
+        raise UserError(f"source {text!r}: task {reference} has no split {split!r}; use one of {', '.join(task.splits)}")
     return task, split
 
 
@@ -115,9 +107,7 @@ def load(task: Task, split: str, directory: str | None) -> Rows:
         problem = _problem(task, split, row, index, f"{where}, row {line}")
         first = seen.setdefault(problem["id"], line)
         if first != line:
-            raise UserError(
-                f"{where}: id {problem['id']!r} in rows {first} and {line}; ids must differ, rename or drop one"
-            )
+            raise UserError(f"{where}: id {problem['id']!r} in rows {first} and {line}; ids must differ, rename or drop one")
         problems.append(problem)
     if not problems:
         raise UserError(f"{where}: split {split!r} of {task.name} is empty; put rows in it or name another split")
@@ -136,9 +126,7 @@ def _problem(task: Task, split: str, row: Any, index: int, where: str) -> dict[s
     if not wanted or any(name not in row for name in wanted):
         layouts = " or ".join(", ".join(names) for names in (("id", "question", "answer"), task.columns) if names)
         missing = ", ".join(name for name in wanted if name not in row) or "id"
-        raise UserError(
-            f"{where}: no column {missing} (there are {', '.join(map(str, row))}); {task.name} needs {layouts}"
-        )
+        raise UserError(f"{where}: no column {missing} (there are {', '.join(map(str, row))}); {task.name} needs {layouts}")
     if "id" in row:
         found = {**row, "id": f"{task.name}/{split}/{_key(str(row['id']), task.name, split)}"}
     elif task.from_hub:
@@ -146,9 +134,7 @@ def _problem(task: Task, split: str, row: Any, index: int, where: str) -> dict[s
     for name in ("question", "answer"):
         value = found.get(name)
         if not (isinstance(value, str) and value.strip()):
-            raise UserError(
-                f"{where}: {name} must be a text that is not empty, not {value!r:.60}; correct or drop the row"
-            )
+            raise UserError(f"{where}: {name} must be a text that is not empty, not {value!r:.60}; correct or drop the row")
     problem = {name: found.get(name) for name in PROBLEM_FIELDS}
     problem |= {"task": task.reference or task.name, "split": split}
     if problem.get("level") is not None:
@@ -161,9 +147,7 @@ def _problem(task: Task, split: str, row: Any, index: int, where: str) -> dict[s
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not accepted:
-        raise UserError(
-            f"{where}: the {task.kind} grader refuses the answer {found['answer'][:60]!r}; correct or drop the row"
-        )
+        raise UserError(f"{where}: the {task.kind} grader refuses the answer {found['answer'][:60]!r}; correct or drop the row")
     return problem
 
 
@@ -177,9 +161,7 @@ def _key(own: str, name: str, split: str) -> str:
 def _find(task: Task, split: str, directory: Path) -> Path:
     """The file of a split: normalised before hub layout, `DIR/<task>/` before `DIR/`."""
     if not directory.is_dir():
-        raise UserError(
-            f"data folder {directory} is not there; set data.dir to a folder with {task.name}/{split}.jsonl"
-        )
+        raise UserError(f"data folder {directory} is not there; set data.dir to a folder with {task.name}/{split}.jsonl")
     folder = directory / task.name
     if not folder.is_dir():
         # A folder named after another benchmark is not searched: its rows could pass for this one's.
@@ -215,9 +197,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     try:
                         yield number, json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        raise UserError(
-                            f"{path}, line {number}: not JSON ({_line(error)}); write one object a line"
-                        ) from error
+                        raise UserError(f"{path}, line {number}: not JSON ({_line(error)}); write one object a line") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text ({_line(error)}); fix or replace the file") from error
 
@@ -292,9 +272,7 @@ def roles(
     left = [row for row in train_rows if normal(row["question"]) not in questions]
     removed = len(train_rows) - len(left) - (need if validation_rows is None else 0)
     if not left:
-        raise UserError(
-            f"no training question is left beside {need} validation questions; lower data.show and data.select"
-        )
+        raise UserError(f"no training question is left beside {need} validation questions; lower data.show and data.select")
     train = draw(left, None, seed, "train")[:train_limit]
     marked = ((TRAIN, train), (SHOW, held[:show]), (SELECT, held[show:]))
     return [{**row, "split": split} for split, rows in marked for row in rows], removed

@@ -1,0 +1,70 @@
+"""Runs of the command line as a user starts it: in a process of its own, on a local Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(recipe: str, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`."""
+    sets = [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, "jobs/undo.py", f"jobs/recipes/{recipe}.toml", "--run-dir", str(run_dir), *sets]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for a run; its output. Fails with that output when the exit code is another."""
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == code, output
+    return output
+
+
+def run(recipe: str, run_dir: Path, *overrides: str, code: int = 0) -> str:
+    return finish(start(recipe, run_dir, *overrides), code)
+
+
+def kill_in(process: subprocess.Popen[str], stage: Path, seconds: float = 240) -> None:
+    """SIGKILL the driver once a try at the stage has begun and before it is committed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before {stage}: {process.communicate()[0]}")
+        if any(stage.glob("try-*")):
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not (stage / "manifest.json").exists(), f"{stage} was committed before the kill"
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{stage} was not begun within {seconds} s")
+
+
+def report(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "report.json").read_text()))
+
+
+def rows(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """The committed rows of a stage."""
+    manifest = json.loads((run_dir / stage / "manifest.json").read_text())
+    files = [run_dir / stage / file["name"] for file in manifest["files"] if file["name"].endswith(".parquet")]
+    table = pa.concat_tables([pq.read_table(file) for file in files])
+    return sorted(table.to_pylist(), key=lambda row: row["id"])
+
+
+def timeless(value: Any) -> Any:
+    """A report without what differs between two runs of the same: seconds, times, the count of resumes."""
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if "seconds" not in key and key not in ("finished", "resumes")}
+        return {key: timeless(item) for key, item in kept.items()}
+    return [timeless(item) for item in value] if isinstance(value, list) else value

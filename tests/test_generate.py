@@ -1,0 +1,314 @@
+"""What a text becomes in its row: judged, entered in the history, counted. Pure functions; no engine and no Ray."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from undo_ray import generate, prompts
+from undo_ray.types import ROWS
+
+QUESTION = {
+    "id": "gsm8k/train/1",
+    "task": "gsm8k",
+    "split": "train",
+    "question": "A pen costs $2. What do 3 pens cost?",
+    "answer": "6",
+    "choices": None,
+    "subject": None,
+    "level": None,
+}
+ROW: dict[str, Any] = {**QUESTION, "history": [], "candidates": [], "attempt": None, "lesson": None}
+
+
+def generation(text: str | None, finish: str | None = "stop", error: str | None = None) -> dict[str, Any]:
+    return {
+        "text": text,
+        "finish_reason": finish,
+        "prompt_tokens": 7,
+        "cached_tokens": 3,
+        "completion_tokens": 5,
+        "engine_error": error,
+    }
+
+
+def verdict(correct: bool, answer: str | None = None, reason: str | None = None) -> dict[str, Any]:
+    return {"correct": correct, "answer": answer, "reason": reason}
+
+
+# -- judge --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, diagnosis, text, expected",
+    [
+        (generation("3 x 2 = 6\n#### 6"), None, "3 x 2 = 6\n#### 6", verdict(True, "6")),
+        (generation("#### $6.00"), None, "#### $6.00", verdict(True, "$6.00")),
+        (generation("3 + 2 = 5\n#### 5"), None, "3 + 2 = 5\n#### 5", verdict(False, "5")),
+        (generation("<think>6?</think>\n#### 5"), "6?", "#### 5", verdict(False, "5")),
+        (generation("no idea"), None, "no idea", verdict(False, None, "no_answer")),
+        (generation(""), None, None, verdict(False, None, "format")),
+        (generation("<think>6</think>"), "6", None, verdict(False, None, "format")),
+        (generation("3 x 2 = 6\n#### 6", "length"), None, None, verdict(False, None, "truncated")),
+        (generation(None, None, "out of memory"), None, None, verdict(False, None, "engine_error")),
+        (generation("#### 6", "stop", "late failure"), None, None, verdict(False, None, "engine_error")),
+    ],
+)
+def test_a_generation_is_judged_by_its_rows_own_task(given: Any, diagnosis: Any, text: Any, expected: Any) -> None:
+    assert generate.judge(given, ROW, prompts.parse_solve) == (diagnosis, text, expected)
+
+
+def test_an_answer_in_the_diagnosis_is_not_graded() -> None:
+    given = generation("The right answer is #### 6\n### new_answer\n3 + 2 = 5\n#### 5")
+    assert generate.judge(given, ROW, prompts.parse_new_answer) == (
+        "The right answer is #### 6",
+        "3 + 2 = 5\n#### 5",
+        verdict(False, "5"),
+    )
+
+
+def test_without_its_heading_a_new_answer_is_kept_as_diagnosis_and_not_graded() -> None:
+    given = generation("3 x 2 = 6\n#### 6")
+    assert generate.judge(given, ROW, prompts.parse_new_answer) == (
+        "3 x 2 = 6\n#### 6",
+        None,
+        verdict(False, None, "format"),
+    )
+
+
+# -- explained ----------------------------------------------------------------------------------------------------------
+
+
+def candidate(name: str, refused: str | None, round: int = 1) -> dict[str, Any]:
+    return {
+        **generation(name),
+        "round": round,
+        "diagnosis": f"diagnosis {name}",
+        "rationale": f"rationale {name}",
+        "verdict": verdict(refused is None, "6"),
+        "refused": refused,
+    }
+
+
+def past(round: int) -> dict[str, Any]:
+    return {
+        "round": round,
+        "rationale": f"rationale of {round}",
+        "diagnosis": None,
+        "rationale_verdict": verdict(True, "6"),
+        "attempt": f"attempt of {round}",
+        "attempt_verdict": verdict(False, "5"),
+    }
+
+
+def test_the_first_accepted_candidate_becomes_lesson_and_history() -> None:
+    row = generate.explained(ROW, [candidate("a", "wrong"), candidate("b", None), candidate("c", None)], 1, keep=2)
+    assert row["lesson"] == {"round": 1, "rationale": "rationale b"}
+    assert row["history"] == [
+        {
+            "round": 1,
+            "rationale": "rationale b",
+            "diagnosis": "diagnosis b",
+            "rationale_verdict": verdict(True, "6"),
+            "attempt": None,
+            "attempt_verdict": None,
+        }
+    ]
+    assert [found["rationale"] for found in row["candidates"]] == ["rationale a", "rationale b", "rationale c"]
+
+
+def test_without_an_accepted_candidate_the_first_is_remembered_and_the_old_lesson_stays() -> None:
+    lesson = {"round": 0, "rationale": "old"}
+    row = generate.explained({**ROW, "lesson": lesson}, [candidate("a", "wrong"), candidate("b", "frame")], 1, keep=2)
+    assert row["history"][-1]["rationale"] == "rationale a"
+    assert row["lesson"] == lesson
+
+
+def test_the_history_keeps_its_newest_entries_oldest_first() -> None:
+    row = generate.explained({**ROW, "history": [past(0), past(1)]}, [candidate("a", None, 2)], 2, keep=2)
+    assert [entry["round"] for entry in row["history"]] == [1, 2]
+
+
+def test_a_row_that_was_not_asked_loses_its_old_candidates_alone() -> None:
+    before = {**ROW, "split": "select", "history": [past(0)], "candidates": [candidate("a", None, 0)]}
+    assert generate.explained(before, [], 1, keep=1) == {**before, "candidates": []}
+
+
+def test_a_row_without_history_column_values_begins_one() -> None:
+    row = generate.explained({**ROW, "history": None}, [candidate("a", None, 0)], 0, keep=2)
+    assert [entry["round"] for entry in row["history"]] == [0]
+
+
+# -- attempted ----------------------------------------------------------------------------------------------------------
+
+
+def answer(round: int, text: str | None = "#### 5") -> dict[str, Any]:
+    return {"round": round, **generation(text), "verdict": verdict(False, "5")}
+
+
+def test_an_attempt_is_entered_beside_the_rationale_of_its_round() -> None:
+    waiting = {**past(1), "attempt": None, "attempt_verdict": None}
+    row = generate.attempted({**ROW, "history": [past(0), waiting]}, answer(1))
+    assert row["history"] == [past(0), {**waiting, "attempt": "#### 5", "attempt_verdict": verdict(False, "5")}]
+    assert row["attempt"] == answer(1)
+
+
+@pytest.mark.parametrize("history", [None, [], [past(0)]])
+def test_an_attempt_of_a_round_without_rationale_gets_an_entry_of_its_own(history: Any) -> None:
+    row = generate.attempted({**ROW, "history": history}, answer(1))
+    assert [entry["round"] for entry in row["history"]] == [*(entry["round"] for entry in history or ()), 1]
+    assert row["history"][-1] == {
+        "round": 1,
+        "rationale": None,
+        "diagnosis": None,
+        "rationale_verdict": None,
+        "attempt": "#### 5",
+        "attempt_verdict": verdict(False, "5"),
+    }
+
+
+@pytest.mark.parametrize("split", ["show", "select", "gsm8k"])
+def test_only_training_questions_have_their_attempts_in_a_history(split: str) -> None:
+    before = {**ROW, "split": split, "history": [past(0)]}
+    assert generate.attempted(before, answer(1)) == {**before, "attempt": answer(1)}
+
+
+def test_no_row_is_changed_in_place() -> None:
+    row = {**ROW, "history": [past(0), {**past(1), "attempt": None, "attempt_verdict": None}]}
+    before = copy.deepcopy(row)
+    generate.attempted(row, answer(1))
+    generate.explained(row, [candidate("a", None, 2)], 2, keep=1)
+    assert row == before
+
+
+def test_what_the_stages_make_of_a_row_fits_the_schema_of_rows() -> None:
+    row = generate.explained(ROW, [candidate("a", None, 0), candidate("b", "wrong", 0)], 0, keep=2)
+    row = generate.attempted(row, answer(0))
+    row = generate.explained(row, [candidate("c", "truncated", 1)], 1, keep=2)
+    assert pa.Table.from_pylist([row], schema=ROWS).to_pylist() == [row]
+
+
+# -- the shuffled control -----------------------------------------------------------------------------------------------
+
+
+def histories() -> dict[str, list[dict[str, Any]]]:
+    """40 questions with rounds 0 and 1; some not explained in round 1, some not attempted yet."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for i in range(40):
+        first = {**past(0), "attempt": f"{i} in 0", "attempt_verdict": verdict(i % 3 == 0, str(i))}
+        second = {**past(1), "attempt": f"{i} in 1", "attempt_verdict": verdict(i % 2 == 0, str(i))}
+        if i % 8 == 7:
+            second |= {"attempt": None, "attempt_verdict": None}
+        out[f"q{i}"] = [first] if i % 5 == 4 else [first, second]
+    return out
+
+
+def of_round(found: dict[str, list[dict[str, Any]]], k: int) -> list[Any]:
+    entries = [entry for history in found.values() for entry in history if entry["round"] == k]
+    return sorted((entry["attempt"] or "", str(entry["attempt_verdict"])) for entry in entries)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_permuting_keeps_the_totals_of_every_round(k: int) -> None:
+    assert of_round(generate.permuted_histories(histories(), 1), k) == of_round(histories(), k)
+
+
+def test_permuting_moves_attempts_with_their_verdicts_and_leaves_the_teachers_part() -> None:
+    before, after = histories(), generate.permuted_histories(histories(), 1)
+    moved = 0
+    for id, history in before.items():
+        for old, new in zip(history, after[id], strict=True):
+            teacher = ("round", "rationale", "diagnosis", "rationale_verdict")
+            assert [old[key] for key in teacher] == [new[key] for key in teacher]
+            if old["attempt_verdict"] is None:
+                assert new["attempt"] is None and new["attempt_verdict"] is None
+            else:
+                assert new["attempt"].split(" in ")[0] == new["attempt_verdict"]["answer"]
+                moved += old["attempt"] != new["attempt"]
+    assert moved > 50  # of 67
+
+
+def test_permuting_depends_on_the_seed_and_not_on_the_order_of_the_rows() -> None:
+    backwards = dict(reversed(histories().items()))
+    assert generate.permuted_histories(backwards, 1) == generate.permuted_histories(histories(), 1)
+    assert generate.permuted_histories(histories(), 2) != generate.permuted_histories(histories(), 1)
+
+
+def test_permuting_leaves_what_it_was_given_alone() -> None:
+    given = histories()
+    generate.permuted_histories(given, 1)
+    assert given == histories()
+    assert generate.permuted_histories({"a": None}, 1) == {"a": []}  # type: ignore[dict-item]
+
+
+# -- lessons ------------------------------------------------------------------------------------------------------------
+
+
+def lessons(rows: list[dict[str, Any]], k: int, mode: str) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = generate._to_lessons(pa.Table.from_pylist(rows, schema=ROWS), k, mode).to_pylist()
+    return made
+
+
+def test_a_lesson_is_the_plain_question_and_the_rationale() -> None:
+    [lesson] = lessons([{**ROW, "lesson": {"round": 1, "rationale": "3 x 2 = 6\n#### 6"}}], 1, "replace")
+    assert lesson == {
+        "id": "gsm8k/train/1",
+        "round": 1,
+        "messages": [
+            {
+                "role": "user",
+                "content": "A pen costs $2. What do 3 pens cost?\n\nReason step by step, then give the final answer as a "
+                "number on a last line of its own: #### <number>",
+            },
+            {"role": "assistant", "content": "3 x 2 = 6\n#### 6"},
+        ],
+    }
+
+
+@pytest.mark.parametrize("mode, expected", [("replace", ["b"]), ("accumulate", ["b"]), ("latest", ["a", "b"])])
+def test_the_mode_says_which_questions_bring_a_lesson(mode: str, expected: list[str]) -> None:
+    rows = [
+        {**ROW, "id": "a", "lesson": {"round": 0, "rationale": "old"}},
+        {**ROW, "id": "b", "lesson": {"round": 1, "rationale": "new"}},
+        {**ROW, "id": "c"},
+        {**ROW, "id": "d", "split": "show", "lesson": {"round": 1, "rationale": "never taught"}},
+        {**ROW, "id": "e", "split": "select", "lesson": {"round": 1, "rationale": "never taught"}},
+    ]
+    assert [lesson["id"] for lesson in lessons(rows, 1, mode)] == expected
+
+
+# -- counting -----------------------------------------------------------------------------------------------------------
+
+
+def test_rationales_are_counted_with_their_refusals() -> None:
+    broken = {**candidate("d", "engine_error"), "verdict": verdict(False, None, "engine_error")}
+    rows = [
+        {"candidates": [candidate("a", "wrong"), candidate("b", None)]},
+        {"candidates": [candidate("c", "frame"), broken]},
+        {"candidates": []},
+    ]
+    counts = generate._count_rationales(rows)
+    assert counts == Counter(
+        {
+            "n": 4,
+            "prompt_tokens": 28,
+            "cached_tokens": 12,
+            "completion_tokens": 20,
+            "errors": 1,
+            "unparsed": 1,
+            "accepted": 1,
+            "r:wrong": 1,
+            "r:frame": 1,
+            "r:engine_error": 1,
+        }
+    )
+
+
+def test_every_sample_of_a_row_has_a_seed_of_its_own_that_batches_do_not_change() -> None:
+    seeds = generate._seeds(0, "rationale", 1, 3, ROW)
+    assert len(set(seeds)) == 3
+    assert generate._seeds(0, "rationale", 1, 2, {**ROW, "split": "show"}) == seeds[:2]
+    assert not set(generate._seeds(0, "rationale", 2, 3, ROW)) & set(seeds)
+    assert not set(generate._seeds(0, "attempt", 1, 3, ROW)) & set(seeds)
