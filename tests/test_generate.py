@@ -45,7 +45,7 @@ def verdict(correct: bool, answer: str | None = None, reason: str | None = None)
     "given, diagnosis, text, expected",
     [
         (generation("3 x 2 = 6\n#### 6"), None, "3 x 2 = 6\n#### 6", verdict(True, "6")),
-        (generation("#### $6.00"), None, "#### $6.00", verdict(True, "$6.00")),
+        (generation("#### $6.00"), None, "#### $6.00", verdict(True, "6.00")),
         (generation("3 + 2 = 5\n#### 5"), None, "3 + 2 = 5\n#### 5", verdict(False, "5")),
         (generation("<think>6?</think>\n#### 5"), "6?", "#### 5", verdict(False, "5")),
         (generation("no idea"), None, "no idea", verdict(False, None, "no_answer")),

@@ -21,12 +21,13 @@ STRIPS_THINKING = CHATML.replace("{{ message.content }}", "{{ message.content.sp
 
 def tokenizer(template: str) -> Any:
     """A byte-level tokenizer, the same for any text, with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = {piece: i for i, piece in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    inner.normalizer = normalizers.NFC()  # as Qwen's
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -45,6 +46,12 @@ def test_the_loss_lies_on_the_answer_and_its_end_alone(question: str, answer: st
     ids, prompt = supervised(made, chat(question, answer))
     assert made.decode(ids[:prompt]) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert made.decode(ids[prompt:]) == f"{answer}<|im_end|>\n"
+
+
+def test_text_that_the_tokenizer_normalises_is_still_a_lesson() -> None:
+    made = tokenizer(CHATML)
+    ids, prompt = supervised(made, chat("Estimate y\u0302.", "y\u0302 = 4"))  # y and a combining circumflex: one letter in NFC
+    assert made.decode(ids[prompt:]) == "\u0177 = 4<|im_end|>\n"
 
 
 def test_the_prompt_in_training_is_the_prompt_of_the_engine() -> None:

@@ -63,6 +63,10 @@ def _run(options: argparse.Namespace) -> int:
     run_dir = options.run_dir or os.path.join("runs", os.path.splitext(os.path.basename(options.recipe))[0])
     if not options.verbose:
         _quiet()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in run_dir and not os.path.isabs(run_dir):
+        raise UserError(
+            f"--run-dir {run_dir}: a job's working directory is a temporary copy; give an absolute path on shared storage or a URI"
+        )
     from undo_ray import loop, report
 
     print(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}"))

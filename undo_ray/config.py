@@ -39,7 +39,7 @@ MEMORY_KNOBS = {
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Data(_Section):
@@ -49,6 +49,7 @@ class Data(_Section):
     validation: str | None = Field(None, description="source of `show` and `select`; default: drawn from `train` by seed")
     tests: tuple[str, ...] = Field(
         (),
+        strict=False,  # TOML has lists, no tuples
         description="test sources, read only when the loop has ended; the first is the primary test",
         json_schema_extra=EXTENDABLE,
     )
@@ -108,6 +109,10 @@ class Engine(_Section):
     def _kwargs_need_vllm(self) -> Engine:
         if self.kind != "vllm" and (self.kwargs or self.tensor_parallel > 1):
             raise ValueError('kwargs and tensor_parallel are for kind = "vllm"; remove them or change kind')
+        if self.tensor_parallel > 1 and self.resources.gpus < self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel = {self.tensor_parallel} needs as many GPUs: set resources.gpus, which is {self.resources.gpus:g}"
+            )
         return self
 
 
@@ -122,8 +127,8 @@ class Teacher(_Section):
         description="layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's",
     )
     samples: PositiveInt = Field(1, description="rationales per question and round")
-    sampling: Sampling = Field(Sampling(temperature=0.7), description="see sampling")
-    engine: Engine = Field(Engine(), description="see engine")
+    sampling: Sampling = Field(Sampling(), description="of rationales")
+    engine: Engine = Field(Engine(), description="of rationales")
     prompt_tokens: PositiveInt = Field(
         6000, description="token budget of the shown examples; whole examples are dropped beyond it and counted"
     )
@@ -159,7 +164,7 @@ class Student(_Section):
     @model_validator(mode="after")
     def _amount(self) -> Student:
         if (self.tokens is None) == (self.epochs is None):
-            raise ValueError("give exactly one of student.tokens and student.epochs")
+            raise ValueError("give exactly one of student.tokens and student.epochs; `--set student.epochs=` unsets one")
         if self.batch_size % self.workers:
             raise ValueError(f"student.batch_size = {self.batch_size} must be a multiple of student.workers = {self.workers}")
         per_worker = self.batch_size // self.workers
@@ -212,7 +217,6 @@ class Recipe(_Section):
     lessons: Lessons = Lessons()
     gap: Gap = Gap()
     stop: Stop = Field(Stop(), json_schema_extra=EXTENDABLE)
-    trust_remote_code: bool = Field(False, description="let model repositories run their own code")
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -222,7 +226,7 @@ class Recipe(_Section):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply `--set a.b=value` overrides (value in TOML; a bare word is a string).
+    """Read a recipe and apply `--set a.b=value` overrides (value in TOML; a bare word is a string; no value unsets the key).
 
     Raises UserError with one line naming the file, the key and the remedy.
     """
@@ -245,7 +249,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"--set {override}: write it as --set section.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text or 0}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
     *parents, last = key.strip().split(".")
@@ -253,7 +257,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise UserError(f"--set {override}: {parent} is a value, not a section; see docs/recipe.md for the keys")
-    tree[last] = value
+    if text:
+        tree[last] = value
+    else:
+        tree.pop(last, None)
 
 
 def _one_line(error: ValidationError) -> str:

@@ -8,6 +8,7 @@ part, so that the driver never holds rows.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -64,26 +65,33 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
         gap_ref, shown_ref = condition.remote(gap_ref, recipe, out.round)
         shown = ray.get(shown_ref)
     permuted = _permuted(rows, recipe, out.round) if recipe.gap.feedback == "shuffled" and gap_ref is not None else None
-    render = partial(_Explain, gap_ref, permuted, recipe.teacher.template, recipe.gap.feedback, out.round)
+    only_show = out.round == 0 and recipe.round0 != "run"  # the others' rationales are given
+    asked = {SHOW} if only_show else {TRAIN, SHOW} if out.round == 0 else {TRAIN}
+    render = partial(_Explain, gap_ref, permuted, recipe.teacher.template, recipe.gap.feedback, asked)
     judge = partial(_judge_rationales, k=out.round, recipe=recipe, template=recipe.teacher.template if gap_ref else None)
     seeds = partial(_seeds, recipe.seed, "rationale", out.round, recipe.teacher.samples)
     model = partial(models.local, recipe.teacher.model, recipe.seed)
     _generate(rows, recipe.teacher.engine, model, recipe.teacher.sampling, render, seeds, judge, out)
     counts = _count(out, _count_rationales)
-    _figures(counts, out, recipe.teacher.engine.max_errors, "teacher.engine.max_errors")
+    _figures(counts, out, recipe.teacher.engine, "teacher.engine")
     out.note(shown=shown, refused={key[2:]: n for key, n in sorted(counts.items()) if key.startswith("r:")})
 
 
 def _conditioned(delta: Gap, recipe: Recipe, k: int) -> tuple[Gap, int]:
     """Δ as this round's prompts may show it: after the feedback control, and as many examples as the token budget holds."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     cases = gap.shuffled(delta.shown, row_seed(recipe.seed, "shuffle", k)) if recipe.gap.feedback == "shuffled" else delta.shown
-    tokenizer = AutoTokenizer.from_pretrained(models.local(recipe.teacher.model, recipe.seed))
+    directory, spec = models.local(recipe.teacher.model, recipe.seed), recipe.teacher
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    context = spec.engine.context or AutoConfig.from_pretrained(directory).max_position_embeddings
+    # Beside the examples there must be room for the question's own history and for the answer.
+    own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
+    budget = min(spec.prompt_tokens, context - own - spec.sampling.max_tokens)
     template = prompts.TEMPLATES[recipe.teacher.template]
     while cases:
         chat = template.render(cases, Case(""), "")
-        if len(tokenizer(chat[0]["content"])["input_ids"]) <= recipe.teacher.prompt_tokens:
+        if len(tokenizer(chat[0]["content"])["input_ids"]) <= budget:
             break
         cases = cases[:-1]
     return replace(delta, shown=tuple(cases)), len(cases)
@@ -92,16 +100,16 @@ def _conditioned(delta: Gap, recipe: Recipe, k: int) -> tuple[Gap, int]:
 class _Explain:
     """Row -> the chat that asks the teacher for a rationale."""
 
-    def __init__(self, gap_ref: Any, permuted_ref: Any, template: str, feedback: str, k: int):
+    def __init__(self, gap_ref: Any, permuted_ref: Any, template: str, feedback: str, asked: set[str]):
         import ray
 
         self.shown: Sequence[Case] = ray.get(gap_ref).shown if gap_ref is not None else ()
         self.permuted: dict[str, list[Row]] = ray.get(permuted_ref) if permuted_ref is not None else {}
         self.template = prompts.TEMPLATES[template] if gap_ref is not None else None
-        self.feedback, self.k = feedback, k
+        self.feedback, self.asked = feedback, asked
 
     def __call__(self, row: Row) -> list[Message] | None:
-        if row["split"] != TRAIN and (row["split"], self.k) != (SHOW, 0):
+        if row["split"] not in self.asked:
             return None
         instruction = tasks.get(row["task"]).instruction
         if self.template is None:
@@ -204,9 +212,13 @@ def accept(rows: Dataset, earlier: Dataset | None, recipe: Recipe, out: Stage) -
     `earlier`: the previous round's lessons, for `lessons.mode = "accumulate"`. Raises UserError with exit code 3 when nothing
     is left to train on.
     """
-    chats = rows.map_batches(
-        partial(_to_lessons, k=out.round, mode=recipe.lessons.mode), batch_format="pyarrow", zero_copy_batch=True
-    )
+    if out.round == 0 and recipe.round0.startswith("student:"):
+        return  # nothing is trained in round 0
+    if out.round == 0 and recipe.round0.startswith("lessons:"):
+        chats = _given_lessons(recipe.round0.removeprefix("lessons:"))
+    else:
+        to_lessons = partial(_to_lessons, k=out.round, mode=recipe.lessons.mode)
+        chats = rows.map_batches(to_lessons, batch_format="pyarrow", zero_copy_batch=True)
     if recipe.lessons.mode == "accumulate" and earlier is not None:
         chats = earlier.union(chats)
     chats = chats.materialize()  # asked twice below; about the size of the lessons themselves
@@ -227,6 +239,24 @@ def accept(rows: Dataset, earlier: Dataset | None, recipe: Recipe, out: Stage) -
     duplicates = {(round, id) for digest, round, id in keys} - set(first.values())
     out.write(chats.map_batches(partial(_without, dropped=duplicates), batch_format="pyarrow"))
     out.note(lessons=len(first), duplicates=len(keys) - len(first), keep_wrong=recipe.lessons.keep_wrong)
+
+
+def _given_lessons(path: str) -> Dataset:
+    """Chats of a JSONL or Parquet file with a `messages` column, as lessons of round 0."""
+    import ray.data
+
+    place = Place(path)
+    try:
+        if path.endswith(".parquet"):
+            chats = pq.read_table(place.path, filesystem=place.fs, columns=["messages"]).column("messages").to_pylist()
+        else:
+            chats = [json.loads(line)["messages"] for line in place.read_bytes().decode().split("\n") if line.strip()]
+        rows = [{"id": f"given/{index}", "round": 0, "messages": chat} for index, chat in enumerate(chats)]
+        return ray.data.from_arrow(pa.Table.from_pylist(rows, schema=LESSONS))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"round0 = lessons:{path}: not readable ({str(error).splitlines()[0]}); give JSONL or Parquet with a `messages` column"
+        ) from None
 
 
 def _to_lessons(table: pa.Table, k: int, mode: str) -> pa.Table:
@@ -286,7 +316,7 @@ def _attempt(rows: Dataset, student: str, recipe: Recipe, out: Stage, splits: tu
     judge = partial(_judge_attempt, k=k)
     model = partial(models.local, student, recipe.seed)
     _generate(rows, spec.engine, model, spec.sampling, render, seeds, judge, out)
-    _figures(_count(out, partial(_count_attempts, splits=splits)), out, spec.engine.max_errors, "student.engine.max_errors")
+    _figures(_count(out, partial(_count_attempts, splits=splits)), out, spec.engine, "student.engine")
 
 
 class _Solve:
@@ -347,22 +377,23 @@ def _generate(
     out.progress.total(rows.count())
     blocks = rows.repartition(target_num_rows_per_block=engine.batch_size)
     answered = engines.generate(blocks, engine, model, sampling, render, GENERATIONS, seeds)
-    grade = partial(_judge, judge=judge, board=out.progress.board)
+    well = "accepted" if out.name == "rationales" else "right"
+    grade = partial(_judge, judge=judge, board=out.progress.board, well=well)
     out.write(answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True))
 
 
-def _judge(table: pa.Table, judge: Callable[[Row, list[Row]], tuple[Row, bool]], board: Any) -> pa.Table:
-    """Judge a batch row by row (`judge` gives the new row, and whether it came out well) and tell the progress board."""
+def _judge(table: pa.Table, judge: Callable[[Row, list[Row]], tuple[Row, bool]], board: Any, well: str) -> pa.Table:
+    """Judge a batch row by row (`judge` gives the new row, and whether it came out `well`) and tell the progress board."""
     rows, asked, good, tokens = [], 0, 0, 0
     for row in table.to_pylist():
         generations = row.pop(GENERATIONS)
-        row, well = judge(row, generations)
+        row, came_out_well = judge(row, generations)
         rows.append(row)
         asked += bool(generations)
-        good += well
+        good += came_out_well
         tokens += sum(generation["completion_tokens"] for generation in generations)
     if board is not None:
-        board.add.remote(done=len(rows), asked=asked, good=good, tokens=tokens)
+        board.add.remote(done=len(rows), asked=asked, tokens=tokens, **{well: good})
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
@@ -424,7 +455,7 @@ def _add_generation(counts: Counter[str], generation: Row) -> None:
     counts["unparsed"] += reason is not None
 
 
-def _figures(counts: Counter[str], out: Stage, max_errors: float, key: str) -> None:
+def _figures(counts: Counter[str], out: Stage, engine: Engine, key: str) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
     out.note(
         generations=counts["n"],
@@ -432,19 +463,23 @@ def _figures(counts: Counter[str], out: Stage, max_errors: float, key: str) -> N
         unparsed=counts["unparsed"],
         engine_errors=counts["errors"],
         tokens={name: counts[f"{name}_tokens"] for name in ("prompt", "cached", "completion")},
+        gpus=engine.replicas * engine.resources.gpus,
     )
-    if counts["errors"]:
-        place = out.ledger.place / "quarantine" / f"round-{max(out.round, 0):02d}-{out.name}"
-        failed = out.written().map_batches(_failed, batch_format="pyarrow")
-        failed.write_parquet(place.path, filesystem=place.fs)
-        if counts["errors"] > max_errors * counts["n"]:
-            sample = failed.take(1)[0]
-            error = next(g["engine_error"] for g in [*sample["candidates"], sample["attempt"] or {}] if g.get("engine_error"))
-            raise UserError(
-                f"{out.name}: the engine failed on {counts['errors']} of {counts['n']} rows (limit {key} = {max_errors}); "
-                f"the first: {error}; all are in {place.uri}",
-                exit_code=1,
-            )
+    if not counts["errors"]:
+        return
+    place = out.quarantine
+    place.remove()
+    place.fs.create_dir(place.path, recursive=True)
+    failed = out.written().map_batches(_failed, batch_format="pyarrow").materialize()
+    failed.write_parquet(place.path, filesystem=place.fs)
+    if counts["errors"] > engine.max_errors * counts["n"]:
+        sample = failed.take(1)[0]
+        errors = [generation["engine_error"] for generation in [*sample["candidates"], sample["attempt"]] if generation]
+        raise UserError(
+            f"{out.name}: the engine failed on {counts['errors']} of {counts['n']} generations (limit {key}.max_errors = "
+            f"{engine.max_errors}); the first: {next(filter(None, errors))}; the rows are in {place.uri}",
+            exit_code=1,
+        )
 
 
 def _failed(table: pa.Table) -> pa.Table:

@@ -94,12 +94,12 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
             records = undo(recipe, held)
         except UserError as error:
             if error.exit_code == 3 and (records := held.records()):
-                finish(recipe, held, records)
+                finish(recipe, held, records, "no_lessons")
             raise
-        return finish(recipe, held, records)
+        return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
 
 
-def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]]) -> dict[str, Any]:
+def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]], stopped: str) -> dict[str, Any]:
     """The tests, read only now, for the base model and every round; then the report."""
     if recipe.data.tests:
         tests = run.tests(recipe)
@@ -108,7 +108,7 @@ def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]]) -> dict[str,
         for record in records:
             student = run.round(record["round"]).made("student")
             tests.once(f"round-{record['round']:02d}", test, problems, student, recipe)
-    return report.write(run, records)
+    return report.write(run, records, stopped)
 
 
 def start_ray(verbose: bool) -> None:
@@ -125,7 +125,9 @@ def start_ray(verbose: bool) -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
-    context.use_datasource_v2 = False  # Ray 2.60: its ListFiles step costs each stage 5 s more on two cores than the first reader
+    context.use_datasource_v2 = (
+        False  # Ray 2.60: its ListFiles step costs each stage 5 s more on two cores than the first reader
+    )
     context.execution_options.preserve_order = True  # a stage that is run again makes the same batches
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)

@@ -24,7 +24,7 @@ class Board:
         self.figures: dict[str, float] = {}
 
     def add(self, **figures: float) -> None:
-        """Add to counters: `done` rows, `asked` rows, `good` rows, `tokens`."""
+        """Add to counters: `done` rows, `asked` rows, `accepted` or `right` rows, `tokens`."""
         for name, value in figures.items():
             self.figures[name] = self.figures.get(name, 0) + value
 
@@ -99,23 +99,23 @@ class Progress:
         seconds = time.monotonic() - start
         done, asked = figures.get("done", 0), figures.get("asked", 0)
         parts = []
-        if self._total and done:
+        total = figures.get("total", self._total)  # training workers know their own
+        if total and done:
             if not final:
-                filled = int(20 * min(1.0, done / self._total))
+                filled = int(20 * min(1.0, done / total))
                 parts.append(f"[{'#' * filled}{'.' * (20 - filled)}]" if self.stream.isatty() else "")
-            parts.append(f"{done:.0f}/{self._total:.0f}")
+            parts.append(f"{done:.0f}/{total:.0f}")
         if done:
             parts.append(f"{done / seconds:.1f} rows/s")
         if figures.get("tokens"):
             parts.append(f"{figures['tokens'] / seconds:,.0f} tokens/s")
-        if asked:
-            parts.append(f"{figures.get('good', 0) / asked:.0%} right")
+        parts += [f"{figures[well] / asked:.0%} {well}" for well in ("accepted", "right") if asked and well in figures]
         if "loss" in figures:
             parts.append(f"loss {figures['loss']:.3f}")
         if final:
             parts.append(f"{seconds:.1f} s")
-        elif self._total and done:
-            parts.append(f"{(self._total - done) * seconds / done:.0f} s to go")
+        elif total and done:
+            parts.append(f"{(total - done) * seconds / done:.0f} s to go")
         else:
             parts.append(f"starting, {seconds:.0f} s")
         return ", ".join(part for part in parts if part)

@@ -24,8 +24,8 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "show": score_json(delta.show),
         "subjects": delta.subjects,
         "previous_train": figures["attempts"]["train"] if "attempts" in figures else None,
-        "lessons": figures["lessons"]["lessons"],
-        "duplicates": figures["lessons"]["duplicates"],
+        "lessons": figures["lessons"].get("lessons", 0),
+        "duplicates": figures["lessons"].get("duplicates", 0),
         "rationales": figures["rationales"]["generations"],
         "refused": figures["rationales"]["refused"],
         "shown": figures["rationales"]["shown"],
@@ -50,8 +50,11 @@ def round_line(record: Json) -> str:
     )
 
 
-def write(run: Run, records: list[Json]) -> Json:
-    """Write report.json from the records and, where the recipe has tests, their committed results."""
+def write(run: Run, records: list[Json], stopped: str) -> Json:
+    """Write report.json from the records and, where the recipe has tests, their committed results.
+
+    `stopped` is why there are no more rounds: `converged`, `rounds` or `no_lessons`.
+    """
     recipe = run.recipe
     rounds = [dict(record, tests={}) for record in records]
     for earlier, later in pairwise(rounds):
@@ -74,6 +77,7 @@ def write(run: Run, records: list[Json]) -> Json:
         "student": f"round-{chosen:02d}/student",
         "rounds": rounds,
         "resumes": run.resumes,
+        "stopped": stopped,
         "goal": _goal(recipe),
     }
     if recipe.data.tests:
@@ -108,7 +112,7 @@ def finished(run: Run) -> Json | None:
     report = place.read_json("move it away and run the same command: it is written again")
     if not isinstance(report, dict) or "goal" not in report:
         raise UserError(f"{place.uri}: not a report; move it away and run the same command", exit_code=4)
-    return report if report["goal"] == _goal(run.recipe) else None
+    return report if report["goal"] == _goal(run.recipe) and report["stopped"] != "no_lessons" else None
 
 
 def read(run_dir: str) -> Json:

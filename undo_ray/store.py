@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -122,9 +123,13 @@ class Place:
         return sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
 
     def remove(self) -> None:
+        """Remove the file or folder; nothing happens where there is none."""
         fs, path = filesystem(self.uri)
-        if fs.get_file_info(path).type != pafs.FileType.NotFound:
+        kind = fs.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
             fs.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            fs.delete_file(path)
 
     def upload(self, directory: str) -> None:
         """Copy a local directory here."""
@@ -151,6 +156,12 @@ class Stage:
     @property
     def progress(self) -> Progress:
         return self.ledger.progress
+
+    @property
+    def quarantine(self) -> Place:
+        """Where copies of the rows go that the engine failed on."""
+        stage = os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path))
+        return self.ledger.place / "quarantine" / stage.replace("/", "-")
 
     @property
     def rows(self) -> Place:
@@ -313,7 +324,7 @@ class Step:
         return manifest
 
     def _commit(self, place: Place, stage: Stage, seconds: float) -> dict[str, Any]:
-        infos = [info for info in stage.place.files()]
+        infos = stage.place.files()
         rows = stage.rows.path
         kind = "rows" if any(info.path.startswith(rows) for info in infos) else "model" if infos else "value"
         manifest = {
@@ -388,7 +399,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
                 raise UserError(f"{path.uri}: not the recipe of a run; start in another --run-dir", exit_code=4)
             _same_identity(uri, known["identity"], wanted)
             starts = known["starts"]
-        elif any(not info.path.endswith("lock.json") for info in place.files()):
+        elif any(not re.match(r"(lock|recipe)\.json", _leaf(place, info)) for info in place.files()):
             raise UserError(f"{uri}: not empty and not a run directory; give another --run-dir", exit_code=4)
         run = Run(place, recipe, lease, progress, resumes=len(starts))
         path.write_json(
@@ -485,7 +496,7 @@ class Lease:
                 except FileExistsError:
                     pass
                 finally:
-                    os.unlink(own.path)
+                    own.remove()
             elif not self.place.exists():
                 self.place.write_json(self._content())
                 return

@@ -39,6 +39,8 @@ PROBE_TOLERANCE = 1e-3
 def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
     """Fine-tune `start` (a ModelRef) on the lessons; the stage's model is a Hugging Face directory.
 
+    With `round0 = "student:PATH"` round 0 takes that student as it is.
+
     Raises UserError when no chat fits `student.max_length` or a chat has no supervised tokens.
     """
     from ray.train import RunConfig, ScalingConfig
@@ -46,6 +48,9 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
 
     spec = recipe.student
     tokens = out.place / "tokens"
+    if out.round == 0 and recipe.round0.startswith("student:"):
+        out.model.upload(models.local(recipe.round0.removeprefix("student:"), recipe.seed))
+        return
     figures = _tokenise(lessons, start, recipe, tokens)
     config = {
         "start": start,
@@ -54,7 +59,6 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
         "spec": spec,
         "seed": recipe.seed,
         "board": out.progress.board,
-        "trust_remote_code": recipe.trust_remote_code,
     }
     state = out.place / "ray_train"
     trainer = TorchTrainer(
@@ -77,7 +81,7 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
     (out.model / "training.json").fs.delete_file((out.model / "training.json").path)
     for scratch in (tokens, state):
         scratch.remove()
-    out.note(**figures, **report)
+    out.note(**figures, **report, gpus=spec.workers * spec.resources.gpus)
 
 
 # -- chats to tokens ----------------------------------------------------------------------------------------------------
@@ -161,7 +165,7 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(spec.resources.cpus)))
     directory = models.local(config["start"], config["seed"])
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=config["trust_remote_code"])
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens: Place = config["tokens"]
     chats = {(row["id"], row["round"]): row for row in pads.dataset(tokens.path, filesystem=tokens.fs).to_table().to_pylist()}
     order = training_order({key: len(row["input_ids"]) for key, row in chats.items()}, config["seed"], spec)

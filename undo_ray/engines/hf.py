@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 
 import torch
@@ -84,13 +83,14 @@ class Transformers:
 
     def _shared(self, prompts: Sequence[list[int]]) -> int:
         """Length of the prefix all prompts share (0 when too short to pay), its keys and values ready in `prefix_cache`."""
-        length = len(os.path.commonprefix(list(prompts)))
+        first, last = min(prompts), max(prompts)  # in sorted order: what these two share, all share
+        length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
         # The last token of each prompt must go through the model for its logits.
         length = min(length, min(len(prompt) for prompt in prompts) - 1)
         if length < MIN_SHARED:
             return 0
-        if self.prefix and len(self.prefix) <= length and prompts[0][: len(self.prefix)] == self.prefix:
-            return len(self.prefix)
+        if prompts[0][:length] == self.prefix:  # exactly: what is counted as cached must not depend on earlier batches
+            return length
         self.prefix = prompts[0][:length]
         ids = torch.tensor([self.prefix], device=self.device)
         self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values

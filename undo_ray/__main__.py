@@ -1,0 +1,7 @@
+"""`python -m undo_ray`: the command line."""
+
+import sys
+
+from undo_ray.cli import main
+
+sys.exit(main())
