@@ -2,11 +2,13 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
+from pydantic_core import PydanticUndefined
 
 from undo_ray import config
 from undo_ray.types import UserError
@@ -28,6 +30,7 @@ model = "big/teacher"
 
 [teacher.engine]
 kind = "vllm"
+resources = { gpus = 8 }
 
 [student]
 model = "small/student"
@@ -35,6 +38,7 @@ tokens = 1000
 
 [student.engine]
 kind = "vllm"
+resources = { gpus = 8 }
 """
 
 PLACEMENT = {
@@ -94,7 +98,6 @@ IDENTITY = {
     "lessons.keep_wrong": "true",
     "gap.feedback": '"none"',
     "gap.history": "3",
-    "trust_remote_code": "true",
 }
 
 
@@ -165,6 +168,9 @@ def test_the_vllm_recipe_differs_from_mini_in_the_engines_alone() -> None:
         ('train = "gsm8k/train"', "", "data.train is missing; add it"),
         ("seed = 3", 'seed = "three"', "seed = 'three': Input should be a valid integer"),
         ("seed = 3", "seed = -1", "seed = -1: Input should be greater than or equal to 0"),
+        ("seed = 3", 'seed = "3"', "seed = '3': Input should be a valid integer"),
+        ("seed = 3", "seed = true", "seed = True: Input should be a valid integer"),
+        ('tests = ["gsm8k"]', "shared = 1", "data.shared = 1: Input should be a valid boolean"),
         ("rounds = 2", "rounds = 2.5", "rounds = 2.5: Input should be a valid integer"),
         ('model = "big/teacher"', "model = 7", "teacher.model = 7: Input should be a valid string"),
         ('tests = ["gsm8k"]', 'tests = "gsm8k"', "data.tests = 'gsm8k': Input should be a valid tuple"),
@@ -189,6 +195,7 @@ def test_a_bad_key_or_value_is_named_with_its_file(tmp_path: Path, old: str, new
         ("student.workers=3", "student.batch_size = 16 must be a multiple of student.workers = 3"),
         ("student.micro_batch=5", "student.micro_batch = 5 must divide batch_size / workers = 16"),
         ("data.select=0", "data.select = 0 leaves nothing to choose between rounds"),
+        ("teacher.engine.tensor_parallel=16", "tensor_parallel = 16 needs as many resources.gpus, not 8"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_both_values(good: Path, override: str, expected: str) -> None:
@@ -276,6 +283,12 @@ def test_an_empty_recipe_says_what_is_missing(tmp_path: Path) -> None:
 def test_set_takes_toml_values_and_bare_words(good: Path, override: str, key: str, value: Any) -> None:
     found = {name: found for name, _, found in config.leaves(config.load(good, [override]))}
     assert found[key] == value and type(found[key]) is type(value)
+
+
+def test_set_without_a_value_unsets_the_key(good: Path) -> None:
+    student = config.load(good, ["student.tokens=", "student.epochs=2"]).student
+    assert (student.tokens, student.epochs) == (None, 2.0)
+    assert "data.train is missing" in refused(good, "data.train=")
 
 
 def test_of_two_overrides_of_a_key_the_last_counts(good: Path) -> None:
@@ -376,10 +389,30 @@ def flat(section: type[pydantic.BaseModel], prefix: str = "", kind: str = "ident
     return found
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason="docs/recipe.md is not written yet")
-@pytest.mark.parametrize("key, kind", [(key, kind) for key, kind, _ in flat(config.Recipe)])
-def test_the_reference_has_a_row_for_the_key_with_its_kind(key: str, kind: str) -> None:
-    rows = [line for line in REFERENCE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    own = [row for row in rows if re.match(rf"\|\s*`{re.escape(key)}`\s*\|", row)]
-    assert len(own) == 1, f"docs/recipe.md has {len(own)} rows for {key}"
-    assert re.search(rf"\b{kind}\b", own[0]), own[0]
+def documented() -> dict[str, list[str]]:
+    """Key -> the other cells of its row, of every table of docs/recipe.md that has the column Default."""
+    rows: dict[str, list[str]] = {}
+    inside = False
+    for line in REFERENCE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
+        inside = line.startswith("|") and (inside or (cells[0], cells[-2]) == ("Key", "Default"))
+        if inside and (key := re.fullmatch(r"`([\w.]+)`", cells[0])):
+            assert key[1] not in rows, f"docs/recipe.md has two rows for {key[1]}"
+            rows[key[1]] = cells[1:]
+    return rows
+
+
+@pytest.mark.parametrize("key, kind, default", flat(config.Recipe))
+def test_the_reference_has_a_row_for_the_key_with_its_kind_and_default(key: str, kind: str, default: Any) -> None:
+    found_kind, _, found, meaning = documented()[key]
+    assert found_kind == kind and meaning
+    if default is PydanticUndefined:
+        assert found == "required"
+    elif default is None:
+        assert found == "unset"
+    else:
+        assert tomllib.loads(f"default = {found.strip('`')}")["default"] == json.loads(json.dumps(default))
+
+
+def test_the_reference_has_no_row_for_a_key_that_is_not_there() -> None:
+    assert documented().keys() <= {key for key, _, _ in flat(config.Recipe)}

@@ -71,11 +71,7 @@ def test_an_answer_in_the_diagnosis_is_not_graded() -> None:
 
 def test_without_its_heading_a_new_answer_is_kept_as_diagnosis_and_not_graded() -> None:
     given = generation("3 x 2 = 6\n#### 6")
-    assert generate.judge(given, ROW, prompts.parse_new_answer) == (
-        "3 x 2 = 6\n#### 6",
-        None,
-        verdict(False, None, "format"),
-    )
+    assert generate.judge(given, ROW, prompts.parse_new_answer) == ("3 x 2 = 6\n#### 6", None, verdict(False, None, "format"))
 
 
 # -- explained ----------------------------------------------------------------------------------------------------------

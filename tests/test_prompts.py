@@ -202,12 +202,7 @@ def test_everything_before_the_question_is_the_same_bytes_for_all_questions(temp
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_gold_answer_is_in_no_prompt(template: str) -> None:
-    row = {
-        **ROW,
-        "answer": "987654321",
-        "subject": "algebra-skill",
-        "level": "level-9",
-    }
+    row = {**ROW, "answer": "987654321", "subject": "algebra-skill", "level": "level-9"}
     own = prompts.own_case(row)
     text = rendered(template, (own,), own) + prompts.solve(prompts.question_text(row), INSTRUCTION)[0]["content"]
     assert "Which?" in text

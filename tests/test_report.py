@@ -38,14 +38,7 @@ def test_a_paired_interval_is_that_of_the_mean_difference() -> None:
 
 @pytest.mark.parametrize("right", ["++--", "----", "++++"])
 def test_no_gain_over_itself(right: str) -> None:
-    assert report.paired(answers(right), answers(right)) == {
-        "n": 4,
-        "gain": 0.0,
-        "low": 0.0,
-        "high": 0.0,
-        "won": 0,
-        "lost": 0,
-    }
+    assert report.paired(answers(right), answers(right)) == {"n": 4, "gain": 0.0, "low": 0.0, "high": 0.0, "won": 0, "lost": 0}
 
 
 def test_a_gain_on_every_question_has_no_spread() -> None:
@@ -112,7 +105,7 @@ def test_the_notes_say_which_round_is_best_and_what_it_gained() -> None:
     assert lines[7:] == [
         "",
         "* best round on validation (95 % intervals; feedback: real; seed 3)",
-        "gain of round 1 over round 0 on mini: +27.5 points [+22.1, +32.9] (same 400 questions: 130 won, 20 lost)",
+        "gain of round 1 over round 0 on mini: +27.5 points [+22.1, +32.9] (the same 400 questions: 130 won, 20 lost)",
     ]
 
 

@@ -3,7 +3,7 @@
 The S3 service is moto's, on localhost. Ray takes no part: the stages here write Parquet with pyarrow and return values.
 """
 
-import json
+import hashlib
 import os
 import re
 import signal
@@ -205,8 +205,6 @@ def test_a_manifest_tells_files_rows_figures_and_by_whom(place: Place) -> None:
     manifest = (folder / "manifest.json").read_json("")
     [file] = manifest["files"]
     data = (folder / file["name"]).read_bytes()
-    import hashlib
-
     assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert (manifest["kind"], manifest["rows"], manifest["figures"]) == ("rows", 10, {"count": 10})
     assert manifest["token"] == token
@@ -523,27 +521,35 @@ def test_a_driver_that_wakes_up_after_another_took_over_cannot_commit(place: Pla
             assert (place / "lock.json").exists()
 
 
+def renewal(run_dir: Place, after: float = 0.0) -> float:
+    """When the lease was last renewed, once that is later than `after`."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        renewed = (run_dir / "lock.json").read_json("")["renewed"]
+        if renewed > after:
+            return float(renewed)
+        time.sleep(0.005)
+    raise AssertionError("the lease was not renewed")
+
+
 def test_a_lease_is_renewed_while_it_is_held(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(store, "LEASE_SECONDS", 0.6)
     with opened(local) as run:
-        first = (local / "lock.json").read_json("")["renewed"]
-        time.sleep(0.4)
-        assert (local / "lock.json").read_json("")["renewed"] > first
+        renewal(local, after=renewal(local))
         run.lease.check()
 
 
 def test_a_passing_storage_error_does_not_end_the_renewals(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(store, "LEASE_SECONDS", 0.6)
     with opened(local):
         lock, aside = Path(local.path) / "lock.json", Path(local.path) / "aside"
+        last = renewal(local, after=renewal(local))  # the next is 0.1 s away
         lock.rename(aside)
         lock.mkdir()  # reading it fails, but not because it is gone
-        time.sleep(0.2)
+        time.sleep(0.3)
         lock.rmdir()
         aside.rename(lock)
-        first = json.loads(lock.read_text())["renewed"]
-        time.sleep(0.3)
-        assert json.loads(lock.read_text())["renewed"] > first
+        renewal(local, after=last)
 
 
 # -- SIGKILL at any moment ----------------------------------------------------------------------------------------------

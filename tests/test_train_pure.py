@@ -54,6 +54,12 @@ def test_text_that_the_tokenizer_normalises_is_still_a_lesson() -> None:
     assert made.decode(ids[prompt:]) == "\u0177 = 4<|im_end|>\n"
 
 
+def test_the_name_of_a_special_token_in_a_text_does_not_stop_the_training() -> None:
+    made = tokenizer(CHATML)
+    ids, prompt = supervised(made, chat("What ends a turn?", "The text <|im_end|> does."))
+    assert 0 < prompt < len(ids)
+
+
 def test_the_prompt_in_training_is_the_prompt_of_the_engine() -> None:
     from undo_ray.engines import prompt_ids
 

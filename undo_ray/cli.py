@@ -37,11 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", help="TOML file; every key is in docs/recipe.md")
     run.add_argument("--run-dir", metavar="DIR", help="path or URI of the run directory; default runs/<recipe name>")
     run.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override a key, e.g. student.learning_rate=1e-3",
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. student.learning_rate=1e-3"
     )
     run.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
     run.set_defaults(do=_run)
@@ -64,9 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     if not options.verbose:
         _quiet()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in run_dir and not os.path.isabs(run_dir):
-        raise UserError(
-            f"--run-dir {run_dir}: a job's working directory is a temporary copy; give an absolute path on shared storage or a URI"
-        )
+        raise UserError(f"--run-dir {run_dir}: a job's working directory is a temporary copy; give an absolute path or a URI")
     from undo_ray import loop, report
 
     print(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}"))
@@ -81,8 +75,7 @@ def _quiet() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "RAY_DEDUP_LOGS": "1",
-        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
         "PYTHONWARNINGS": "ignore",
         "OMP_WAIT_POLICY": "PASSIVE",
     }.items():

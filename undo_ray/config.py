@@ -98,11 +98,7 @@ class Engine(_Section):
     kwargs: dict[str, Any] = Field({}, description="further arguments of `vllm.LLM`; the memory knobs among them are placement")
     resources: Placement = Field(Placement(), description="per replica", json_schema_extra=PLACEMENT)
     max_errors: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="share of rows the engine may fail on before the stage fails",
-        json_schema_extra=PLACEMENT,
+        0.05, ge=0, le=1, description="share of rows the engine may fail on before the stage fails", json_schema_extra=PLACEMENT
     )
 
     @model_validator(mode="after")
@@ -111,7 +107,7 @@ class Engine(_Section):
             raise ValueError('kwargs and tensor_parallel are for kind = "vllm"; remove them or change kind')
         if self.tensor_parallel > 1 and self.resources.gpus < self.tensor_parallel:
             raise ValueError(
-                f"tensor_parallel = {self.tensor_parallel} needs as many GPUs: set resources.gpus, which is {self.resources.gpus:g}"
+                f"tensor_parallel = {self.tensor_parallel} needs as many resources.gpus, not {self.resources.gpus:g}"
             )
         return self
 
@@ -146,6 +142,9 @@ class Student(_Section):
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine", description="learning-rate schedule")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    beta2: float = Field(
+        0.999, gt=0, lt=1, description="AdamW decay of the squared gradient; 0.95 suits short runs from nothing"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, L2 norm")
     max_length: PositiveInt = Field(2048, description="tokens; longer chats are left out of training and counted")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of training; master weights are fp32")
@@ -153,9 +152,7 @@ class Student(_Section):
         1, description="data-parallel training workers, at an equal global batch", json_schema_extra=PLACEMENT
     )
     micro_batch: PositiveInt | None = Field(
-        None,
-        description="chats per worker and forward pass; default: batch_size / workers",
-        json_schema_extra=PLACEMENT,
+        None, description="chats per worker and forward pass; default: batch_size / workers", json_schema_extra=PLACEMENT
     )
     resources: Placement = Field(Placement(), description="per training worker", json_schema_extra=PLACEMENT)
     sampling: Sampling = Field(Sampling(), description="of attempts, validation and tests")
@@ -180,8 +177,7 @@ class Lessons(_Section):
         "replace", description="this round's (paper); each question's newest; or all so far without duplicates"
     )
     keep_wrong: bool = Field(
-        False,
-        description="also train on rationales with a wrong or missing answer. For trials of the machinery; marked in the report",
+        False, description="also train on rationales with a wrong or missing answer: for trials, and marked in the report"
     )
 
 

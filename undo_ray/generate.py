@@ -25,20 +25,7 @@ from undo_ray.gap import Gap, row_seed, score_json
 from undo_ray.problems import test_name
 from undo_ray.prompts import Case
 from undo_ray.store import Place, Stage
-from undo_ray.types import (
-    ENGINE_ERROR,
-    FORMAT,
-    LESSONS,
-    ROWS,
-    SELECT,
-    SHOW,
-    TRAIN,
-    TRUNCATED,
-    Message,
-    Row,
-    UserError,
-    Verdict,
-)
+from undo_ray.types import ENGINE_ERROR, FORMAT, LESSONS, ROWS, SELECT, SHOW, TRAIN, TRUNCATED, Message, Row, UserError, Verdict
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -255,7 +242,7 @@ def _given_lessons(path: str) -> Dataset:
         return ray.data.from_arrow(pa.Table.from_pylist(rows, schema=LESSONS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"round0 = lessons:{path}: not readable ({str(error).splitlines()[0]}); give JSONL or Parquet with a `messages` column"
+            f"round0 = lessons:{path}: not readable ({str(error).splitlines()[0]}); give JSONL or Parquet with `messages`"
         ) from None
 
 

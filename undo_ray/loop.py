@@ -150,7 +150,7 @@ def check_placement(recipe: Recipe) -> None:
         for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
             if wanted > have.get(kind, 0):
                 raise UserError(
-                    f"{key}: needs {wanted:g} {kind}s at a time, the cluster has {have.get(kind, 0):g}; lower replicas, workers or "
-                    "resources in the recipe, or run on a larger cluster",
+                    f"{key}: needs {wanted:g} {kind}s at a time, the cluster has {have.get(kind, 0):g}; lower replicas, "
+                    "workers or resources in the recipe, or run on a larger cluster",
                     exit_code=5,
                 )

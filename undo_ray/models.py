@@ -71,7 +71,7 @@ def check(ref: str, seed: int, key: str) -> str:
         ) from None
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"{key}: {ref}: its tokenizer has no chat template; use an instruct model, or save a chat_template with the tokenizer"
+            f"{key}: {ref}: its tokenizer has no chat template; use an instruct model, or save one with the tokenizer"
         )
     return fingerprint
 

@@ -89,8 +89,8 @@ _CHECKS_AGAIN = (
 )
 _WRITE = (
     "Then write a new answer to the question from which this student will learn better than from the earlier one: go step by "
-    "step, explain what was misunderstood, and confirm what was right. The new answer must stand on its own: it is read without "
-    "this conversation, so it must not mention a student, a teacher, a score or an earlier answer."
+    "step, explain what was misunderstood, and confirm what was right. The new answer must stand on its own: it is read "
+    "without this conversation, so it must not mention a student, a teacher, a score or an earlier answer."
 )
 
 

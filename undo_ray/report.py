@@ -171,6 +171,7 @@ def table(report: Json, title: str) -> str:
     for record in report["rounds"]:
         test = record["tests"].get(primary) if primary else None
         tokens = record["teacher_tokens"]
+        cached = tokens["cached"] / max(1, tokens["prompt"])
         mark = " *" if record["round"] == report["best_round"] else ""
         lines.append(
             [
@@ -179,7 +180,7 @@ def table(report: Json, title: str) -> str:
                 _percent(test) if test else "-",
                 f"{test['unparsed']:.1%}" if test else "-",
                 f"{record['lessons']} of {record['rationales']}",
-                f"{tokens['prompt']:,} in ({tokens['cached'] / max(1, tokens['prompt']):.0%} cached), {tokens['completion']:,} out",
+                f"{tokens['prompt']:,} in ({cached:.0%} cached), {tokens['completion']:,} out",
                 " ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items()),
             ]
         )
@@ -194,6 +195,7 @@ def table(report: Json, title: str) -> str:
         gain = report["gain"]
         notes.append(
             f"gain of round {report['best_round']} over round 0 on {primary}: {100 * gain['gain']:+.1f} points "
-            f"[{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] (same {gain['n']} questions: {gain['won']} won, {gain['lost']} lost)"
+            f"[{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] (the same {gain['n']} "
+            f"questions: {gain['won']} won, {gain['lost']} lost)"
         )
     return "\n".join([title, "", *rows, "", *notes])

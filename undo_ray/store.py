@@ -236,8 +236,7 @@ class Run:
             record = place.read_json("move it away and run the same command: the round's record is rebuilt from its stages")
             if not isinstance(record, dict) or record.get("round") != len(found):
                 raise UserError(
-                    f"{place.uri}: not the record of round {len(found)}; move it away and run the same command",
-                    exit_code=4,
+                    f"{place.uri}: not the record of round {len(found)}; move it away and run the same command", exit_code=4
                 )
             found.append(record)
         return found
@@ -318,8 +317,7 @@ class Step:
             if sizes.get(file["name"]) != file["bytes"]:
                 found = f"{sizes[file['name']]} bytes" if file["name"] in sizes else "missing"
                 raise UserError(
-                    f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}",
-                    exit_code=4,
+                    f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}", exit_code=4
                 )
         return manifest
 

@@ -68,10 +68,7 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
         scaling_config=ScalingConfig(
             num_workers=spec.workers,
             use_gpu=spec.resources.gpus > 0,
-            resources_per_worker={
-                "CPU": spec.resources.cpus,
-                **({"GPU": spec.resources.gpus} if spec.resources.gpus else {}),
-            },
+            resources_per_worker={"CPU": spec.resources.cpus, **({"GPU": spec.resources.gpus} if spec.resources.gpus else {})},
         ),
         # The name must be new each time: Ray Train resumes whatever a name it has seen left behind.
         run_config=RunConfig(name=uuid.uuid4().hex, storage_path=state.path, storage_filesystem=state.fs),
@@ -125,8 +122,8 @@ def supervised(tokenizer: Any, messages: list[Message]) -> tuple[list[int], int]
     answer = tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)
     if whole[: len(prompt)] != prompt or not answer.strip() or messages[-1]["content"].strip() not in answer:
         raise UserError(
-            "the student's chat template drops or rewrites part of this chat, so the answer cannot be told from the prompt; use "
-            f"another template. The chat as the model would see it: {tokenizer.decode(whole)!r}"
+            "the student's chat template drops or rewrites part of this chat, so the answer cannot be told from the prompt; "
+            f"use another template. The chat as the model would see it: {tokenizer.decode(whole)!r}"
         )
     return whole, len(prompt)
 
@@ -194,14 +191,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _trainer(
-    model: Any,
-    chats: list[Row],
-    tokenizer: Any,
-    spec: Student,
-    config: dict[str, Any],
-    scratch: str,
-    world: int,
-    rank: int,
+    model: Any, chats: list[Row], tokenizer: Any, spec: Student, config: dict[str, Any], scratch: str, world: int, rank: int
 ) -> Any:
     """A transformers Trainer that takes the chats in the order given."""
     import torch
@@ -241,6 +231,7 @@ def _trainer(
         lr_scheduler_type=spec.schedule,
         warmup_steps=round(steps * spec.warmup),
         weight_decay=spec.weight_decay,
+        adam_beta2=spec.beta2,
         max_grad_norm=spec.max_grad_norm,
         bf16=spec.dtype == "bfloat16",
         use_cpu=not spec.resources.gpus,

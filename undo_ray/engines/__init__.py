@@ -61,14 +61,7 @@ def generate(
 
     `model` and `render` are called once in each replica: a directory on its node, and the function from row to chat.
     """
-    config = {
-        "engine": engine,
-        "model": model,
-        "sampling": sampling,
-        "render": render,
-        "column": column,
-        "seeds": seeds,
-    }
+    config = {"engine": engine, "model": model, "sampling": sampling, "render": render, "column": column, "seeds": seeds}
     import ray.data
 
     return rows.map_batches(
