@@ -21,7 +21,9 @@ def start(recipe: str, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`."""
     sets = [part for override in overrides for part in ("--set", override)]
     command = [sys.executable, "jobs/undo.py", f"jobs/recipes/{recipe}.toml", "--run-dir", str(run_dir), *sets]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+    )
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

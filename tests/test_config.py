@@ -27,6 +27,7 @@ tests = ["gsm8k"]
 
 [teacher]
 model = "big/teacher"
+sampling = { temperature = 0.7 }
 
 [teacher.engine]
 kind = "vllm"
@@ -60,7 +61,7 @@ PLACEMENT = {
     "student.resources.cpus": "2",
     "student.resources.gpus": "1",
 }
-EXTENDABLE = {"rounds": "9", "data.tests": '["svamp"]', "stop.patience": "3", "stop.min_gain": "0.01"}
+EXTENDABLE = {"rounds": "9", "data.test_limit": "7", "data.tests": '["svamp"]', "stop.patience": "3", "stop.min_gain": "0.01"}
 IDENTITY = {
     "seed": "4",
     "data.train": '"svamp/train"',
@@ -88,6 +89,7 @@ IDENTITY = {
     "student.schedule": '"linear"',
     "student.warmup": "0.1",
     "student.weight_decay": "0.1",
+    "student.beta2": "0.95",
     "student.max_grad_norm": "2",
     "student.max_length": "100",
     "student.dtype": '"bfloat16"',

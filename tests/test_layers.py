@@ -15,6 +15,8 @@ PACKAGE = ROOT / "undo_ray"
 LAYERS = (
     ("types", "progress"),  # progress is a leaf: what a person sees while a stage works
     ("config", "frame", "prompts", "grading"),
+    ("place",),
+    ("lease",),
     ("gap", "store"),
     ("tasks", "models"),
     ("problems", "engines", "train"),

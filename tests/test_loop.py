@@ -88,7 +88,9 @@ def check_rows(run_dir: Path) -> None:
         lessons = runs.rows(run_dir, f"round-0{k}/lessons")
         assert lessons and {lesson["id"] for lesson in lessons} <= accepted
         texts = [lesson["messages"][-1]["content"] for lesson in lessons]
-        assert len({(lesson["messages"][0]["content"], text) for lesson, text in zip(lessons, texts, strict=True)}) == len(texts)
+        assert len({(lesson["messages"][0]["content"], text) for lesson, text in zip(lessons, texts, strict=True)}) == len(
+            texts
+        )
         assert {row["id"] for row in runs.rows(run_dir, f"round-0{k}/measure")} == by_split["show"] | by_split["select"]
 
     attempted = [row for row in runs.rows(run_dir, "round-01/attempts") if row["split"] == "train"]
@@ -171,7 +173,9 @@ def test_no_accepted_rationale_ends_in_order_with_exit_code_3(
     data_dir: Path, qwen: tuple[Path, tuple[str, ...], str], tmp_path: Path
 ) -> None:
     _, sets, _ = qwen
-    output = runs.run("gsm8k", tmp_path / "run", *sets, "lessons.keep_wrong=false", "data.train_limit=40", "data.select=5", code=3)
+    output = runs.run(
+        "gsm8k", tmp_path / "run", *sets, "lessons.keep_wrong=false", "data.train_limit=40", "data.select=5", code=3
+    )
     assert "no rationale was accepted" in output.splitlines()[-1]
     assert len(runs.rows(tmp_path / "run", "round-00/rationales")) == 65, "what was computed stays"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from undo_ray import report
-from undo_ray.store import Place
+from undo_ray.place import Place
 from undo_ray.types import UserError
 
 
@@ -69,6 +69,8 @@ REPORT: dict[str, Any] = {
     "rounds": [record(0, 0.40, 0.35), record(1, 0.65, 0.625), record(2, 0.60, 0.6)],
     "feedback": "real",
     "seed": 3,
+    "goal": "0123456789abcdef",
+    "stopped": "rounds",
     "shared_validation": False,
     "keep_wrong": False,
     "gain": {"n": 400, "gain": 0.275, "low": 0.221, "high": 0.329, "won": 130, "lost": 20},

@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from undo_ray import store
+from undo_ray import lease
 from undo_ray.config import Recipe
+from undo_ray.place import Place
 from undo_ray.progress import Progress
-from undo_ray.store import Place, Stage, open_run
+from undo_ray.store import Stage, open_run
 from undo_ray.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -488,9 +489,9 @@ def test_the_lease_of_another_machine_is_respected_until_it_is_not_renewed(place
     with opened(place):
         content = (place / "lock.json").read_bytes()
     (place / "lock.json").write_bytes(content)
-    lease_of_another(place, age=store.LEASE_SECONDS - 10)
+    lease_of_another(place, age=lease.LEASE_SECONDS - 10)
     assert "held by pid 1 on elsewhere since" in refused(lambda: enter(place))
-    lease_of_another(place, age=store.LEASE_SECONDS + 1)
+    lease_of_another(place, age=lease.LEASE_SECONDS + 1)
     enter(place)
 
 
@@ -504,7 +505,7 @@ def test_a_driver_that_wakes_up_after_another_took_over_cannot_commit(place: Pla
         step = asleep.round(0)
         step.once("rationales", numbers, 3)
         committed = contents(place)
-        lease_of_another(place, age=store.LEASE_SECONDS + 1)
+        lease_of_another(place, age=lease.LEASE_SECONDS + 1)
         with opened(place) as heir:
             message = refused(lambda: step.once("measure", numbers, 4))
             assert message.endswith(
@@ -533,14 +534,14 @@ def renewal(run_dir: Place, after: float = 0.0) -> float:
 
 
 def test_a_lease_is_renewed_while_it_is_held(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
     with opened(local) as run:
         renewal(local, after=renewal(local))
         run.lease.check()
 
 
 def test_a_passing_storage_error_does_not_end_the_renewals(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
     with opened(local):
         lock, aside = Path(local.path) / "lock.json", Path(local.path) / "aside"
         last = renewal(local, after=renewal(local))  # the next is 0.1 s away

@@ -62,9 +62,10 @@ def _run(options: argparse.Namespace) -> int:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in run_dir and not os.path.isabs(run_dir):
         raise UserError(f"--run-dir {run_dir}: a job's working directory is a temporary copy; give an absolute path or a URI")
     from undo_ray import loop, report
+    from undo_ray.place import Place
 
     print(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}"))
-    print(f"\nrun: {run_dir}    report: {run_dir}/report.json")
+    print(f"\nrun: {run_dir}    report: {(Place(run_dir) / 'report.json').uri}")
     return 0
 
 

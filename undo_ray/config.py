@@ -39,7 +39,7 @@ MEMORY_KNOBS = {
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Data(_Section):
@@ -57,7 +57,9 @@ class Data(_Section):
         None, description="local folder with the benchmarks; default: the Hugging Face hub", json_schema_extra=PLACEMENT
     )
     train_limit: PositiveInt | None = Field(None, description="questions drawn from the training source by seed; default: all")
-    test_limit: PositiveInt | None = Field(None, description="questions drawn from each test by seed; default: all")
+    test_limit: PositiveInt | None = Field(
+        None, description="questions drawn from each test by seed; default: all", json_schema_extra=EXTENDABLE
+    )
     show: PositiveInt = Field(20, description="validation questions shown, scored, in every teacher prompt (paper: 20)")
     select: NonNegativeInt = Field(200, description="validation questions that stop the loop and choose the round; never shown")
     shared: bool = Field(False, description="one validation set for both uses, as in the paper; marked in the report")
@@ -216,6 +218,14 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
+        for name, part in (("teacher", self.teacher), ("student", self.student)):
+            if part.engine.context and part.engine.context <= part.sampling.max_tokens:
+                raise ValueError(
+                    f"{name}.engine.context = {part.engine.context} leaves no room for a prompt beside "
+                    f"{name}.sampling.max_tokens = {part.sampling.max_tokens}; raise it or lower max_tokens"
+                )
+        if self.teacher.samples > 1 and self.teacher.sampling.temperature == 0:
+            raise ValueError("teacher.samples > 1 at teacher.sampling.temperature = 0 gives the same text each time; raise it")
         if self.round0.startswith("student:") and self.lessons.mode == "latest":
             raise ValueError('lessons.mode = "latest" needs round-0 rationales; round0 = "student:…" has none')
         return self
@@ -269,7 +279,10 @@ def _one_line(error: ValidationError) -> str:
         what = f"{key} is missing; add it"
     else:
         message = first["msg"].removeprefix("Value error, ")
-        what = message if first["type"] == "value_error" else f"{key} = {first['input']!r}: {message}; see docs/recipe.md"
+        if first["type"] == "value_error":
+            what = message if not first["loc"] else f"{key}: {message}"
+        else:
+            what = f"{key} = {first['input']!r}: {message}; see docs/recipe.md"
     return what + (f" (and {len(others)} more)" if others else "")
 
 

@@ -170,7 +170,7 @@ def converged(accuracies: Sequence[float], patience: int, min_gain: float) -> bo
     """
     if len(accuracies) <= patience:
         return False
-    return max(accuracies[-patience:]) <= max(accuracies[:-patience]) + min_gain
+    return max(accuracies[-patience:]) <= max(accuracies[:-patience]) + min_gain + 1e-9  # 0.34 - 0.24 > 0.1 in floats
 
 
 def best(accuracies: Sequence[float]) -> int:

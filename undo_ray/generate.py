@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 from undo_ray import engines, gap, grading, models, prompts, tasks
 from undo_ray.config import Engine, Recipe, Sampling
 from undo_ray.gap import Gap, row_seed, score_json
+from undo_ray.place import Place
 from undo_ray.problems import test_name
 from undo_ray.prompts import Case
-from undo_ray.store import Place, Stage
+from undo_ray.store import Stage
 from undo_ray.types import ENGINE_ERROR, FORMAT, LESSONS, ROWS, SELECT, SHOW, TRAIN, TRUNCATED, Message, Row, UserError, Verdict
 
 if TYPE_CHECKING:

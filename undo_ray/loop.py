@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 
-from undo_ray import engines, gap, models, report
+from undo_ray import engines, gap, models, problems, report
 from undo_ray.config import Engine, Recipe
 from undo_ray.gap import Gap
 from undo_ray.generate import accept, attempt, explain, measure, test
-from undo_ray.problems import prepare, prepare_tests
 from undo_ray.progress import Progress
 from undo_ray.store import Run, open_run
 from undo_ray.train import finetune
@@ -36,8 +35,8 @@ def undo(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
     5. The teacher answers the show questions once, in round 0; the gold answer is in no prompt.
     6. Rounds stop when `select` accuracy has not beaten its best for `stop.patience` rounds.
     """
-    problems = run.once("problems", prepare, recipe)
-    student, gap_ref, rows, lessons, records = resume(run, problems, recipe)
+    asked = run.once("problems", problems.prepare, recipe)
+    student, gap_ref, rows, lessons, records = resume(run, asked, recipe)
 
     for k in range(len(records), recipe.rounds + 1):  # k = 0 has no gap: standard distillation
         step = run.round(k)
@@ -56,14 +55,14 @@ def undo(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
     return records
 
 
-def resume(run: Run, problems: Dataset, recipe: Recipe) -> tuple[str, Any, Dataset, Dataset | None, list[dict[str, Any]]]:
+def resume(run: Run, asked: Dataset, recipe: Recipe) -> tuple[str, Any, Dataset, Dataset | None, list[dict[str, Any]]]:
     """(student, Δ ref, rows, lessons, records) after the last finished round; those of a new run where there is none.
 
     An object ref dies with its driver, so Δ is put again.
     """
     records = run.records()
     if not records:
-        return recipe.student.model, None, problems, None, records
+        return recipe.student.model, None, asked, None, records
     last = run.round(len(records) - 1)
     run.progress.say(f"{run.place.uri}: rounds 0 to {len(records) - 1} are done, going on from there")
     delta = Gap.from_json(last.made("measure"))
@@ -82,11 +81,15 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
         "teacher.model": models.check(recipe.teacher.model, recipe.seed, "teacher.model"),
         "student.model": models.check(recipe.student.model, recipe.seed, "student.model"),
     }
+    if recipe.round0.startswith("student:"):
+        weights["round0"] = models.check(recipe.round0.removeprefix("student:"), recipe.seed, "round0")
     with open_run(run_dir, recipe, weights, progress) as held:
         known = report.finished(held)
         if known is not None:
             progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
             return known
+        if not held.begun():
+            problems.check(recipe)
         start_ray(verbose)
         check_placement(recipe)
         progress.connect()
@@ -103,11 +106,11 @@ def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]], stopped: str
     """The tests, read only now, for the base model and every round; then the report."""
     if recipe.data.tests:
         tests = run.tests(recipe)
-        problems = tests.once("problems", prepare_tests, recipe)
-        tests.once("base", test, problems, recipe.student.model, recipe)
+        asked = tests.once("problems", problems.prepare_tests, recipe)
+        tests.once("base", test, asked, recipe.student.model, recipe)
         for record in records:
             student = run.round(record["round"]).made("student")
-            tests.once(f"round-{record['round']:02d}", test, problems, student, recipe)
+            tests.once(f"round-{record['round']:02d}", test, asked, student, recipe)
     return report.write(run, records, stopped)
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from undo_ray.store import Place, filesystem
+from undo_ray.place import Place, filesystem
 from undo_ray.types import UserError
 
 _MADE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

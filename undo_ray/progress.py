@@ -121,10 +121,10 @@ class Progress:
         return ", ".join(part for part in parts if part)
 
     def _read(self) -> dict[str, float]:
-        import ray
-
         if self.board is None:
             return {}
+        import ray
+
         try:
             return dict(ray.get(self.board.read.remote(), timeout=5))
         except ray.exceptions.RayError:  # progress must never stop the work; the stage's own calls will say what broke

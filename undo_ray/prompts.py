@@ -61,7 +61,8 @@ def parse_solve(text: str) -> tuple[str | None, str | None]:
     """What follows a model's private reasoning is the rationale: `<think>a</think> b` -> ("a", "b")."""
     thought, closed, answer = text.rpartition("</think>")
     if not closed:
-        thought, answer = "", text
+        # Reasoning that was never closed has no answer after it.
+        thought, answer = ("", text) if "<think>" not in text else (text, "")
     thought = thought.replace("<think>", "", 1).strip()
     return thought or None, answer.strip() or None
 

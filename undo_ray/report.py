@@ -8,8 +8,9 @@ from typing import Any
 
 from undo_ray.config import Recipe, digest, leaves
 from undo_ray.gap import Z95, Gap, best, score_json
+from undo_ray.place import Place
 from undo_ray.problems import test_name
-from undo_ray.store import Place, Run, Step
+from undo_ray.store import Run, Step
 from undo_ray.types import UserError
 
 Json = dict[str, Any]
@@ -110,8 +111,7 @@ def finished(run: Run) -> Json | None:
     if not place.exists():
         return None
     report = place.read_json("move it away and run the same command: it is written again")
-    if not isinstance(report, dict) or "goal" not in report:
-        raise UserError(f"{place.uri}: not a report; move it away and run the same command", exit_code=4)
+    _check(report, place)
     return report if report["goal"] == _goal(run.recipe) and report["stopped"] != "no_lessons" else None
 
 
@@ -120,7 +120,13 @@ def read(run_dir: str) -> Json:
     place = Place(run_dir) / "report.json"
     if not place.exists():
         raise UserError(f"{run_dir}: has no report.json; is it a run directory, and has the run finished?")
-    report: Json = place.read_json("run the recipe again: the report is written again")
+    report = place.read_json("move it away and run the recipe again: it is written again")
+    return _check(report, place)
+
+
+def _check(report: Any, place: Place) -> Json:
+    if not isinstance(report, dict) or not {"goal", "stopped", "rounds", "primary_test"} <= report.keys():
+        raise UserError(f"{place.uri}: not a report; move it away and run the recipe again: it is written again", exit_code=4)
     return report
 
 

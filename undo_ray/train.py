@@ -23,7 +23,8 @@ import pyarrow.dataset as pads
 
 from undo_ray import models
 from undo_ray.config import Recipe, Student
-from undo_ray.store import Place, Stage
+from undo_ray.place import Place
+from undo_ray.store import Stage
 from undo_ray.types import Message, Row, UserError
 
 if TYPE_CHECKING:
@@ -120,7 +121,11 @@ def supervised(tokenizer: Any, messages: list[Message]) -> tuple[list[int], int]
     prompt = list(render(messages[:-1], add_generation_prompt=True))
     whole = list(render(messages))
     answer = tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)
-    if whole[: len(prompt)] != prompt or not answer.strip() or messages[-1]["content"].strip() not in answer:
+    # Through the tokenizer once: normalisation and special tokens spelt out in the text are no fault of the template.
+    content = tokenizer.decode(
+        tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"], skip_special_tokens=True
+    )
+    if whole[: len(prompt)] != prompt or not answer.strip() or content.strip() not in answer:
         raise UserError(
             "the student's chat template drops or rewrites part of this chat, so the answer cannot be told from the prompt; "
             f"use another template. The chat as the model would see it: {tokenizer.decode(whole)!r}"

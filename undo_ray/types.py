@@ -12,6 +12,7 @@ fills `candidates`, `attempt`, `history` and `lesson`, and passes everything els
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -136,3 +137,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def now() -> str:
+    """The time in UTC as records have it, e.g. `2026-01-31T23:59:59Z`."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,132 @@
+"""The right to write a run directory: `lock.json`, a lease renewed by a thread and checked at every commit.
+
+On a local disk taking it is atomic. Where the store has no atomic create (pyarrow offers none for object stores) two drivers
+started within the same second may both believe they hold it; the first commit after that stops the loser.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from typing import Any
+
+import psutil
+import pyarrow.fs as pafs
+
+from undo_ray.place import Place
+from undo_ray.types import UserError, now
+
+LEASE_SECONDS = 90
+"""A lease not renewed for this long belongs to a dead driver."""
+
+_KEYS = {"token", "host", "pid", "started", "since", "renewed"}
+
+
+class Lease:
+    """Held from `take` to `release`."""
+
+    def __init__(self, place: Place, token: str):
+        self.place, self.token = place, token
+        self._since = now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="undo_ray lease")
+
+    @classmethod
+    def take(cls, run: Place) -> Lease:
+        """Raises UserError (exit code 4) saying who holds it and since when, or that nothing can be written there."""
+        lease = cls(run / "lock.json", uuid.uuid4().hex)
+        try:
+            lease._claim()
+        except OSError as error:
+            raise UserError(
+                f"{run.uri}: cannot be used as a run directory ({str(error).splitlines()[0]}); give one that can be written",
+                exit_code=4,
+            ) from None
+        lease._thread.start()
+        return lease
+
+    def _content(self) -> dict[str, Any]:
+        me = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+        return {**me, "since": self._since, "renewed": time.time()}
+
+    def _claim(self) -> None:
+        for _ in range(3):
+            if self._create():
+                return
+            holder = self._holder()
+            if holder and not _dead(holder):
+                raise UserError(
+                    f"{self.place.uri}: held by pid {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, "
+                    f"stop it, or start again {LEASE_SECONDS} s after it died",
+                    exit_code=4,
+                )
+            self.place.remove()
+        raise UserError(f"{self.place.uri}: another driver takes this run directory at the same time; start one", exit_code=4)
+
+    def _create(self) -> bool:
+        """Write the lock unless there is one. On a local disk by a hard link: atomic, and never seen half written."""
+        if isinstance(self.place.fs, pafs.LocalFileSystem):
+            own = Place(f"{self.place.uri}.{self.token}")
+            own.write_json(self._content())
+            try:
+                os.link(own.path, self.place.path)
+                return True
+            except FileExistsError:
+                return False
+            finally:
+                own.remove()
+        if self.place.exists():
+            return False
+        self.place.write_json(self._content())
+        return True
+
+    def _holder(self) -> dict[str, Any] | None:
+        """Who holds the lease; None when there is no lock, or one that cannot be a driver's."""
+        try:
+            holder = json.loads(self.place.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return holder if isinstance(holder, dict) and holder.keys() >= _KEYS else None
+
+    def check(self) -> None:
+        """Raises UserError when another driver has taken the directory over."""
+        holder = self._holder()
+        if not holder or holder["token"] != self.token:
+            who = f"pid {holder['pid']} on {holder['host']}" if holder else "somebody"
+            raise UserError(f"{self.place.uri}: {who} has taken this run directory over; this driver stops", exit_code=4)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / 6):
+            try:
+                self.check()
+                self.place.write_json(self._content())
+            except UserError:
+                return  # the next commit says so, in the driver's own thread
+            except OSError:
+                continue  # a passing storage error: the lease outlives five of them
+
+    def release(self) -> None:
+        """Give it back, unless it is somebody else's by now."""
+        self._stop.set()
+        self._thread.join()
+        holder = self._holder()
+        if holder and holder["token"] == self.token:
+            self.place.remove()
+
+
+def _dead(holder: dict[str, Any]) -> bool:
+    """Whether a lease's holder is gone: not renewed for long, or a process of this host that is no more."""
+    if time.time() - holder["renewed"] > LEASE_SECONDS:
+        return True
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(holder["pid"])
+        # The kernel's start times move by fractions of a second when the clock is stepped.
+        return abs(process.create_time() - holder["started"]) > 5 or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
