@@ -78,7 +78,6 @@ def _quiet() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "PYTHONWARNINGS": "ignore",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }.items():
         os.environ.setdefault(name, value)
 

@@ -1,9 +1,9 @@
 """The miniature world as a benchmark: generated word problems of a few skills, for `make demo` and the tests.
 
 Source: `undo_ray.mini.world`. Licence: that of undo_ray. The benchmark seed is fixed: every run has the same questions.
-A row (invented): {"id": "mini/train/0", "question": "zoe has 40 cups and loses 9. how many cups are left?",
-"answer": "31", "subject": "sub"}
-Metric: exact match of the final number (`grading.number`); rationales end in `ans 31`.
+A row (invented): {"id": "mini/train/0", "question": "zoe has 40 cups and loses 19. how many cups are left?",
+"answer": "21", "subject": "sub"}
+Metric: exact match of the final number (`grading.number`); rationales end in `ans 21`.
 """
 
 from typing import Any
