@@ -41,3 +41,11 @@ def pytest_sessionfinish() -> None:
     """Stop a Ray that a test started in this process: its processes would outlive a failed run."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> None:
+    """A local Ray in this process, started as a run starts it."""
+    from undo_ray import loop
+
+    loop.start_ray(verbose=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,34 +157,32 @@ ORDINARY = [
 
 @pytest.mark.parametrize("text", LEAKS)
 def test_leak_is_found(text: str) -> None:
-    assert frame_phrase("There are 3 boxes of 6 eggs.\n" + text) is not None
+    assert frame_phrase("There are 3 boxes of 6 eggs.\n" + text, "How many eggs are in 3 boxes of 6?") is not None
 
 
 @pytest.mark.parametrize("text", ORDINARY)
-def test_ordinary_sentence_is_not(text: str) -> None:
-    assert frame_phrase(text) is None
+def test_ordinary_sentence_of_a_problem_that_speaks_of_such_people_is_not(text: str) -> None:
+    assert frame_phrase(text, question=text) is None
 
 
 def test_the_question_tells_whose_student_it_is() -> None:
     text = "The teacher had already found 36."
-    assert frame_phrase(text) is None
     assert frame_phrase(text, "How many eggs are in 3 dozen?") == "The teacher"
     assert frame_phrase(text, "Teachers look for 40 pens. How many are missing?") is None
 
 
-def test_recorded_correct_answers_are_lessons() -> None:
-    data = os.environ.get("UNDO_RAY_TEST_DATA")
-    if not data:
-        pytest.skip("UNDO_RAY_TEST_DATA is not set: no recorded answers to measure on")
-    texts = [
-        row["response"]
-        for path in sorted((Path(data) / "graded").glob("*.jsonl"))
-        for row in map(json.loads, filter(None, path.read_text(encoding="utf-8").split("\n")))
-        if row["correct"]
-    ]
-    refused = [phrase for phrase in map(frame_phrase, texts) if phrase]
-    assert len(texts) > 1000
-    assert len(refused) <= 0.002 * len(texts), refused
+def test_recorded_correct_answers_are_lessons(data_dir: Path) -> None:
+    def rows(pattern: str) -> Iterator[dict[str, Any]]:
+        for path in sorted(data_dir.glob(pattern)):
+            yield from map(json.loads, filter(None, path.read_text(encoding="utf-8").split("\n")))
+
+    questions = {row["id"]: " ".join([row["question"], *(row["choices"] or [])]) for row in rows("[!g]*/*.jsonl")}
+    questions |= {row["id"]: row["question"] for row in rows("gsm8k/*.jsonl")}
+    recorded = [row for row in rows("graded/*.jsonl") if row["correct"] and row.get("question_id") in questions]
+    refused = [frame_phrase(row["response"], questions[row["question_id"]]) for row in recorded]
+    found = [phrase for phrase in refused if phrase]
+    assert len(recorded) > 3000
+    assert len(found) <= 0.002 * len(recorded), found
 
 
 @pytest.mark.parametrize(
@@ -191,5 +190,5 @@ def test_recorded_correct_answers_are_lessons() -> None:
 )
 def test_linear_time(unit: str) -> None:
     start = time.perf_counter()
-    frame_phrase(unit * (1_000_000 // len(unit)))
+    frame_phrase(unit * (1_000_000 // len(unit)), "How many?")
     assert time.perf_counter() - start < 20

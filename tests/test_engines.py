@@ -1,0 +1,134 @@
+"""Both engines against plain greedy decoding by transformers, and the pool around them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import tiny
+
+from undo_ray import engines
+from undo_ray.config import Engine, Sampling
+from undo_ray.engines import prompt_ids
+from undo_ray.mini import models as mini
+
+SHARED = "Here is a long text that all the prompts begin with, so that its keys and values need be computed once only. " * 3
+QUESTIONS = [
+    "What is 2 + 3?",
+    "How many legs have four cats and a dog?",
+    "Why?",
+    "Tom has 12 pens and loses 7. How many are left?",
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.make(tmp_path_factory.mktemp("llama"), "llama", [SHARED, *QUESTIONS], seed=3)
+
+
+def reference(directory: str, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Greedy continuations by plain `generate`, one prompt at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+        found.append(output[0, len(prompt) :].tolist())
+    return found
+
+
+def chats(directory: str, texts: list[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+
+
+@pytest.mark.parametrize("shared", ["", SHARED])
+def test_batched_transformers_writes_what_plain_generate_writes(llama: str, shared: str) -> None:
+    from undo_ray.engines.hf import Transformers
+
+    prompts = chats(llama, [shared + question for question in QUESTIONS])
+    backend = Transformers(llama, Engine(), Sampling(max_tokens=24))
+    for _ in range(2):  # the second time the shared part's keys and values are there
+        completions = backend.complete(prompts, [0] * len(prompts))
+        assert [completion.token_ids for completion in completions] == reference(llama, prompts, 24)
+    common = next(i for i in range(9999) if len({prompt[i] for prompt in prompts}) > 1)
+    assert {completion.cached_tokens for completion in completions} == ({common} if shared else {0})
+
+
+def test_an_answer_cut_short_says_so_and_an_ended_one_too() -> None:
+    from undo_ray.engines.hf import Transformers
+
+    teacher = mini.teacher(0)
+    prompts = chats(teacher, ["sam has 66 cups and finds 49 more. how many cups are there in all?"])
+    short = Transformers(teacher, Engine(), Sampling(max_tokens=5)).complete(prompts, [0])[0]
+    whole = Transformers(teacher, Engine(), Sampling(max_tokens=96)).complete(prompts, [0])[0]
+    assert (short.finish_reason, len(short.token_ids)) == ("length", 5)
+    assert whole.finish_reason == "stop" and whole.token_ids[:5] == short.token_ids
+
+
+def test_sampling_is_repeatable_and_depends_on_the_seed(llama: str) -> None:
+    from undo_ray.engines.hf import Transformers
+
+    backend = Transformers(llama, Engine(), Sampling(temperature=1.0, max_tokens=16))
+    prompts = chats(llama, QUESTIONS)
+    first, again, other = (backend.complete(prompts, seeds) for seeds in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_vllm_writes_what_transformers_writes_for_the_models_of_the_miniature_world(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    import json
+    import subprocess
+    import sys
+
+    directory = {"teacher": mini.teacher, "student": mini.student}[name](0)
+    texts = ["sam has 66 cups and finds 49 more. how many cups are there in all?", "what is the tens digit of 48?"]
+    texts += ["ben counts 7 shells, leo counts 8 and zoe counts 6. how many shells are the most?"]
+    prompts = chats(directory, texts)
+    # In a process of its own, as in a run: the engine takes over threads and environment of the process it lives in.
+    script = (
+        "import json, sys\n"
+        "from undo_ray.config import Engine, Sampling\n"
+        "from undo_ray.engines.vllm import VLLM\n"
+        "backend = VLLM(sys.argv[1], Engine(kind='vllm'), Sampling(max_tokens=24))\n"
+        "done = backend.complete(json.loads(sys.argv[2]), [0] * 3)\n"
+        "print('TOKENS', json.dumps([completion.token_ids for completion in done]))\n"
+    )
+    command = [sys.executable, "-c", script, directory, json.dumps(prompts)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
+    line = next((line for line in run.stdout.splitlines() if line.startswith("TOKENS")), None)
+    assert line is not None, run.stderr[-3000:]
+    assert json.loads(line.removeprefix("TOKENS")) == reference(directory, prompts, 24)
+
+
+def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(cluster: None, llama: str) -> None:
+    import ray.data
+
+    def ask(row: dict[str, str]) -> list[dict[str, str]] | None:
+        return None if row["question"] == "pass" else [{"role": "user", "content": row["question"]}]
+
+    questions = ["What is 1 + 1?", "pass", "too long " * 400, "What is 2 + 2?"]
+    rows = ray.data.from_arrow(pa.table({"id": list("abcd"), "question": questions}))
+    answered = engines.generate(
+        rows,
+        Engine(context=256, batch_size=3),
+        partial(str, llama),
+        Sampling(temperature=1.0, max_tokens=8),
+        lambda: ask,  # type: ignore[arg-type, return-value]
+        "out",
+        lambda row: [1, 2],
+    )
+    by_id = {row["id"]: row["out"] for row in answered.take_all()}
+    assert [len(by_id[id]) for id in "abcd"] == [2, 0, 2, 2]
+    assert all("leaves no room" in sample["engine_error"] and sample["text"] is None for sample in by_id["c"])
+    for sample in by_id["a"] + by_id["d"]:
+        assert sample["engine_error"] is None and sample["finish_reason"] in ("stop", "length")
+        assert 0 < sample["completion_tokens"] <= 8 and sample["prompt_tokens"] > 8

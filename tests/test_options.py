@@ -1,0 +1,86 @@
+"""Options of the loop that the other runs leave at their defaults, each through a whole small run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+
+SMALL = (
+    "data.train_limit=60",
+    "data.show=12",
+    "data.select=8",
+    "data.tests=[]",
+    "rounds=1",
+    "student.tokens=4000",
+    "teacher.engine={batch_size = 32}",
+    "student.engine={batch_size = 32}",
+)
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with shuffled feedback, accumulated lessons, a student that goes on from the previous one, one validation set."""
+    run_dir = tmp_path_factory.mktemp("shuffled") / "run"
+    options = ("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true")
+    runs.run("mini", run_dir, *SMALL, *options)
+    return run_dir
+
+
+def test_accumulated_lessons_are_those_of_all_rounds_without_duplicates(shuffled: Path) -> None:
+    first, both = runs.rows(shuffled, "round-00/lessons"), runs.rows(shuffled, "round-01/lessons")
+    texts = {(row["id"], row["messages"][-1]["content"]) for row in both}
+    assert {(row["id"], row["messages"][-1]["content"]) for row in first} <= texts
+    assert len({(row["messages"][0]["content"], row["messages"][-1]["content"]) for row in both}) == len(both)
+
+
+def test_a_shared_validation_set_is_marked_and_is_the_shown_one(shuffled: Path) -> None:
+    report = runs.report(shuffled)
+    assert report["shared_validation"] is True and report["feedback"] == "shuffled"
+    assert report["rounds"][0]["validation"]["n"] == 12
+    assert {row["split"] for row in runs.rows(shuffled, "problems")} == {"train", "show"}
+
+
+def test_the_student_before_training_on_goes_on_from_the_previous_one(shuffled: Path) -> None:
+    losses = [record["training"]["loss"] for record in runs.report(shuffled)["rounds"]]
+    assert losses[1]["first"] < losses[0]["first"] - 0.5, losses
+
+
+def test_given_lessons_make_round_0_and_feedback_none_asks_the_plain_question(shuffled: Path, tmp_path: Path) -> None:
+    chats = [{"messages": row["messages"]} for row in runs.rows(shuffled, "round-00/lessons")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    run_dir = tmp_path / "run"
+    options = (f"round0=lessons:{tmp_path}/chats.jsonl", "gap.feedback=none", "lessons.mode=latest")
+    runs.run("mini", run_dir, *SMALL, *options)
+    assert len(runs.rows(run_dir, "round-00/lessons")) == len(chats)
+    asked = {row["split"] for row in runs.rows(run_dir, "round-00/rationales") if row["candidates"]}
+    assert asked == {"show"}, "the training questions' rationales are given"
+    plain = runs.rows(shuffled, "round-00/rationales")
+    tokens = {row["id"]: row["candidates"][0]["prompt_tokens"] for row in plain if row["candidates"]}
+    explained = [row for row in runs.rows(run_dir, "round-01/rationales") if row["candidates"] and row["id"] in tokens]
+    assert len(explained) > 30
+    assert all(row["candidates"][0]["prompt_tokens"] == tokens[row["id"]] for row in explained)
+
+
+@pytest.mark.parametrize("feedback", ["block", "history"])
+def test_a_given_student_is_measured_as_it_is_and_each_half_of_the_feedback_stands_alone(
+    shuffled: Path, tmp_path: Path, feedback: str
+) -> None:
+    manifest = json.loads((shuffled / "round-01/student/manifest.json").read_text())
+    student = shuffled / "round-01/student" / manifest["try"] / "model"
+    run_dir = tmp_path / "run"
+    runs.run("mini", run_dir, *SMALL, f"round0=student:{student}", f"gap.feedback={feedback}")
+    given = next(run_dir.glob("round-00/student/try-*/model/model.safetensors"))
+    assert given.read_bytes() == (student / "model.safetensors").read_bytes()
+    prompts = [row["candidates"][0]["prompt_tokens"] for row in runs.rows(run_dir, "round-01/rationales") if row["candidates"]]
+    shown = runs.report(run_dir)["rounds"][1]["shown"]
+    assert shown == 12
+    assert (min(prompts) > 12 * 15) if feedback == "block" else (max(prompts) < 12 * 15), prompts
+
+
+def test_more_replicas_than_the_cluster_holds_are_refused_before_any_work(tmp_path: Path) -> None:
+    output = runs.run("mini", tmp_path / "run", *SMALL, "teacher.engine.replicas=999", code=5)
+    last = output.splitlines()[-1]
+    assert "teacher.engine" in last and "1000 CPUs" in last and not (tmp_path / "run/problems").exists()
