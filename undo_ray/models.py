@@ -17,7 +17,7 @@ from undo_ray.types import UserError
 
 _MADE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 def local(ref: str, seed: int) -> str:
@@ -29,18 +29,8 @@ def local(ref: str, seed: int) -> str:
         directory = _make(ref, seed)
     elif "://" in ref:
         directory = _download(ref)
-    elif os.path.isdir(ref) or not _HUB.fullmatch(ref):
-        directory = ref
     else:
-        from huggingface_hub import snapshot_download
-
-        name, _, revision = ref.partition("@")
-        try:
-            directory = snapshot_download(name, revision=revision or None, allow_patterns=list(_WEIGHTS))
-        except Exception as error:  # the hub's client raises a dozen types; all mean that the model is not to be had
-            raise UserError(
-                f"model {ref}: no such directory, and the hub did not give it ({_first_line(error)}); check the name"
-            ) from None
+        directory = _hub(ref, _FILES) if _is_hub(ref) else ref
     if not os.path.isfile(os.path.join(directory, "config.json")):
         raise UserError(f"model {ref}: {directory} has no config.json; give a directory that transformers can load")
     if not list(Path(directory).glob("*.safetensors")):
@@ -54,13 +44,11 @@ def check(ref: str, seed: int, key: str) -> str:
     A hub model's is its commit, so that the driver's node need not hold the weights. Raises UserError naming `key` when it is
     not a model or its tokenizer has no chat template.
     """
-    directory, fingerprint = _hub_tokenizer(ref) if _is_hub(ref) else (None, "")
-    if directory is None:
-        try:
-            directory = local(ref, seed)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
-        fingerprint = _weights_hash(directory)
+    try:
+        directory = _hub(ref, _FILES[1:]) if _is_hub(ref) else local(ref, seed)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    fingerprint = os.path.basename(directory) if _is_hub(ref) else _weights_hash(directory)
     from transformers import AutoTokenizer
 
     try:
@@ -80,16 +68,17 @@ def _is_hub(ref: str) -> bool:
     return bool(_HUB.fullmatch(ref)) and not os.path.isdir(ref)
 
 
-def _hub_tokenizer(ref: str) -> tuple[str | None, str]:
-    """(directory with the small files, commit) of a hub model; (None, "") when only a local copy can tell."""
+def _hub(ref: str, patterns: tuple[str, ...]) -> str:
+    """Directory of a hub model's files that match, named by their commit."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = ref.partition("@")
     try:
-        directory = snapshot_download(name, revision=revision or None, allow_patterns=list(_WEIGHTS[1:]))
-    except Exception:  # see local(), which then says what is wrong
-        return None, ""
-    return directory, os.path.basename(directory)
+        return str(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client raises a dozen types; all mean that the model is not to be had
+        raise UserError(
+            f"model {ref}: no such directory, and the hub did not give it ({_first_line(error)}); check the name"
+        ) from None
 
 
 def _make(ref: str, seed: int) -> str:
