@@ -382,8 +382,7 @@ def flat(section: type[pydantic.BaseModel], prefix: str = "", kind: str = "ident
     """(dotted name, kind, default) of every leaf key, read off the pydantic models alone."""
     found = []
     for name, field in section.model_fields.items():
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        own = str(extra.get("kind", kind))
+        own = next((mark for mark in ("extendable", "placement") if mark in field.metadata), kind)
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
             found += flat(field.annotation, f"{prefix}{name}.", own)
         else:

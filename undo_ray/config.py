@@ -17,52 +17,48 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from undo_ray.types import UserError
 
-EXTENDABLE: dict[str, Any] = {"kind": "extendable"}
-PLACEMENT: dict[str, Any] = {"kind": "placement"}
+T = TypeVar("T")
+Extendable = Annotated[T, "extendable"]
+Placed = Annotated[T, "placement"]
 
-MEMORY_KNOBS = {
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "enforce_eager",
-    "distributed_executor_backend",
-    "disable_log_stats",
-}
+MEMORY_KNOBS = set(
+    "gpu_memory_utilization kv_cache_memory_bytes max_num_seqs max_num_batched_tokens enforce_eager "
+    "distributed_executor_backend disable_log_stats".split()
+)
 """Arguments of `vllm.LLM` that a person may have to change at 2 a.m. to fit the memory there is: placement, not identity."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Data(_Section):
     """Which problems are taught, which measure the loop, and which are kept for the end."""
 
-    train: str = Field(description="source of the training questions, `TASK[/SPLIT]` or `package.module:Task[/SPLIT]`")
-    validation: str | None = Field(None, description="source of `show` and `select`; default: drawn from `train` by seed")
-    tests: tuple[str, ...] = Field(
-        (),
-        strict=False,  # TOML has lists, no tuples
-        description="test sources, read only when the loop has ended; the first is the primary test",
-        json_schema_extra=EXTENDABLE,
-    )
-    dir: str | None = Field(
-        None, description="local folder with the benchmarks; default: the Hugging Face hub", json_schema_extra=PLACEMENT
-    )
-    train_limit: PositiveInt | None = Field(None, description="questions drawn from the training source by seed; default: all")
-    test_limit: PositiveInt | None = Field(
-        None, description="questions drawn from each test by seed; default: all", json_schema_extra=EXTENDABLE
-    )
-    show: PositiveInt = Field(20, description="validation questions shown, scored, in every teacher prompt (paper: 20)")
-    select: NonNegativeInt = Field(200, description="validation questions that stop the loop and choose the round; never shown")
-    shared: bool = Field(False, description="one validation set for both uses, as in the paper; marked in the report")
+    train: str
+    """source of the training questions, `TASK[/SPLIT]` or `package.module:Task[/SPLIT]`"""
+    validation: str | None = None
+    """source of `show` and `select`; default: drawn from `train` by seed"""
+    tests: Extendable[tuple[str, ...]] = Field((), strict=False)  # TOML has lists, no tuples
+    """test sources, read only when the loop has ended; the first is the primary test"""
+    dir: Placed[str | None] = None
+    """local folder with the benchmarks; default: the Hugging Face hub"""
+    train_limit: PositiveInt | None = None
+    """questions drawn from the training source by seed; default: all"""
+    test_limit: Extendable[PositiveInt | None] = None
+    """questions drawn from each test by seed; default: all"""
+    show: PositiveInt = 20
+    """validation questions shown, scored, in every teacher prompt (paper: 20)"""
+    select: NonNegativeInt = 200
+    """validation questions that stop the loop and choose the round; never shown"""
+    shared: bool = False
+    """one validation set for both uses, as in the paper; marked in the report"""
 
     @model_validator(mode="after")
     def _sets(self) -> Data:
@@ -74,34 +70,44 @@ class Data(_Section):
 class Sampling(_Section):
     """How text is drawn from a model."""
 
-    temperature: float = Field(0.0, ge=0, description="0 is greedy decoding")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
-    max_tokens: PositiveInt = Field(512, description="longest answer, tokens; longer output counts as `truncated`")
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy decoding"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """nucleus sampling mass"""
+    max_tokens: PositiveInt = 512
+    """longest answer, tokens; longer output counts as `truncated`"""
 
 
 class Placement(_Section):
     """Resources of one engine replica or one training worker."""
 
-    cpus: float = Field(1.0, gt=0, description="logical CPUs")
-    gpus: float = Field(0.0, ge=0, description="GPUs")
+    cpus: float = Field(1.0, gt=0)
+    """logical CPUs"""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs"""
 
 
 class Engine(_Section):
     """What turns prompts into text. Both kinds run as a Ray Data actor pool behind one function."""
 
-    kind: Literal["transformers", "vllm"] = Field(
-        "transformers", description="engine; vllm needs the `gpu` extra or vLLM's CPU build"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights and activations")
-    replicas: PositiveInt = Field(1, description="engines in the pool", json_schema_extra=PLACEMENT)
-    tensor_parallel: PositiveInt = Field(1, description="GPUs (vLLM workers) per replica", json_schema_extra=PLACEMENT)
-    batch_size: PositiveInt = Field(64, description="rows handed to a replica at a time", json_schema_extra=PLACEMENT)
-    context: PositiveInt | None = Field(None, description="longest prompt plus answer, tokens; default: the model's own")
-    kwargs: dict[str, Any] = Field({}, description="further arguments of `vllm.LLM`; the memory knobs among them are placement")
-    resources: Placement = Field(Placement(), description="per replica", json_schema_extra=PLACEMENT)
-    max_errors: float = Field(
-        0.05, ge=0, le=1, description="share of rows the engine may fail on before the stage fails", json_schema_extra=PLACEMENT
-    )
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """engine; vllm needs the `gpu` extra or vLLM's CPU build"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """weights and activations"""
+    replicas: Placed[PositiveInt] = 1
+    """engines in the pool"""
+    tensor_parallel: Placed[PositiveInt] = 1
+    """GPUs (vLLM workers) per replica"""
+    batch_size: Placed[PositiveInt] = 64
+    """rows handed to a replica at a time"""
+    context: PositiveInt | None = None
+    """longest prompt plus answer, tokens; default: the model's own"""
+    kwargs: dict[str, Any] = {}
+    """further arguments of `vllm.LLM`; the memory knobs among them are placement"""
+    resources: Placed[Placement] = Placement()
+    """per replica"""
+    max_errors: Placed[float] = Field(0.05, ge=0, le=1)
+    """share of rows the engine may fail on before the stage fails"""
 
     @model_validator(mode="after")
     def _kwargs_need_vllm(self) -> Engine:
@@ -117,48 +123,59 @@ class Engine(_Section):
 class Teacher(_Section):
     """Who explains."""
 
-    model: str = Field(
-        description="hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory"
-    )
-    template: Literal["prefix", "paper", "compact"] = Field(
-        "prefix",
-        description="layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's",
-    )
-    samples: PositiveInt = Field(1, description="rationales per question and round")
-    sampling: Sampling = Field(Sampling(), description="of rationales")
-    engine: Engine = Field(Engine(), description="of rationales")
-    prompt_tokens: PositiveInt = Field(
-        6000, description="token budget of the shown examples; whole examples are dropped beyond it and counted"
-    )
+    model: str
+    """hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory"""
+    template: Literal["prefix", "paper", "compact"] = "prefix"
+    """layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"""
+    samples: PositiveInt = 1
+    """rationales per question and round"""
+    sampling: Sampling = Sampling()
+    """of rationales"""
+    engine: Engine = Engine()
+    """of rationales"""
+    prompt_tokens: PositiveInt = 6000
+    """token budget of the shown examples; whole examples are dropped beyond it and counted"""
 
 
 class Student(_Section):
     """Who learns."""
 
-    model: str = Field(description='as teacher.model; the base every round starts from unless start = "previous"')
-    start: Literal["base", "previous"] = Field("base", description="where round k's fine-tuning starts")
-    tokens: PositiveInt | None = Field(None, description="training tokens per round (prompt and answer, no padding)")
-    epochs: float | None = Field(None, gt=0, description="passes over the lessons per round; give this or tokens")
-    batch_size: PositiveInt = Field(16, description="chats per optimiser step, over all workers")
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine", description="learning-rate schedule")
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps spent warming up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    beta2: float = Field(
-        0.999, gt=0, lt=1, description="AdamW decay of the squared gradient; 0.95 suits short runs from nothing"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, L2 norm")
-    max_length: PositiveInt = Field(2048, description="tokens; longer chats are left out of training and counted")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of training; master weights are fp32")
-    workers: PositiveInt = Field(
-        1, description="data-parallel training workers, at an equal global batch", json_schema_extra=PLACEMENT
-    )
-    micro_batch: PositiveInt | None = Field(
-        None, description="chats per worker and forward pass; default: batch_size / workers", json_schema_extra=PLACEMENT
-    )
-    resources: Placement = Field(Placement(), description="per training worker", json_schema_extra=PLACEMENT)
-    sampling: Sampling = Field(Sampling(), description="of attempts, validation and tests")
-    engine: Engine = Field(Engine(), description="of attempts, validation and tests")
+    model: str
+    """as teacher.model; the base every round starts from unless start = "previous" """
+    start: Literal["base", "previous"] = "base"
+    """where round k's fine-tuning starts"""
+    tokens: PositiveInt | None = None
+    """training tokens per round (prompt and answer, no padding)"""
+    epochs: float | None = Field(None, gt=0)
+    """passes over the lessons per round; give this or tokens"""
+    batch_size: PositiveInt = 16
+    """chats per optimiser step, over all workers"""
+    learning_rate: float = Field(1e-5, gt=0)
+    """peak learning rate of AdamW"""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """learning-rate schedule"""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """share of the steps spent warming up"""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay"""
+    beta2: float = Field(0.999, gt=0, lt=1)
+    """AdamW decay of the squared gradient; 0.95 suits short runs from nothing"""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """gradient clipping, L2 norm"""
+    max_length: PositiveInt = 2048
+    """tokens; longer chats are left out of training and counted"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """autocast type of training; master weights are fp32"""
+    workers: Placed[PositiveInt] = 1
+    """data-parallel training workers, at an equal global batch"""
+    micro_batch: Placed[PositiveInt | None] = None
+    """chats per worker and forward pass; default: batch_size / workers"""
+    resources: Placed[Placement] = Placement()
+    """per training worker"""
+    sampling: Sampling = Sampling()
+    """of attempts, validation and tests"""
+    engine: Engine = Engine()
+    """of attempts, validation and tests"""
 
     @model_validator(mode="after")
     def _amount(self) -> Student:
@@ -175,46 +192,45 @@ class Student(_Section):
 class Lessons(_Section):
     """Which accepted rationales a round trains on."""
 
-    mode: Literal["replace", "latest", "accumulate"] = Field(
-        "replace", description="this round's (paper); each question's newest; or all so far without duplicates"
-    )
-    keep_wrong: bool = Field(
-        False, description="also train on rationales with a wrong or missing answer: for trials, and marked in the report"
-    )
+    mode: Literal["replace", "latest", "accumulate"] = "replace"
+    """this round's (paper); each question's newest; or all so far without duplicates"""
+    keep_wrong: bool = False
+    """also train on rationales with a wrong or missing answer: for trials, and marked in the report"""
 
 
 class Gap(_Section):
     """What of Δ(k) the teacher is told."""
 
-    feedback: Literal["real", "none", "shuffled", "block", "history"] = Field(
-        "real",
-        description="real; or a control: no feedback, scores permuted across problems, only the shown block, only own history",
-    )
-    history: PositiveInt = Field(2, description="most recent rounds of a question's own past kept in its row and its prompt")
+    feedback: Literal["real", "none", "shuffled", "block", "history"] = "real"
+    """real; or a control: no feedback, scores permuted across problems, only the shown block, only own history"""
+    history: PositiveInt = 2
+    """most recent rounds of a question's own past kept in its row and its prompt"""
 
 
 class Stop(_Section):
     """When to stop: validation (select) accuracy no longer rises."""
 
-    patience: PositiveInt = Field(1, description="rounds in a row without a gain before stopping")
-    min_gain: float = Field(0.0, ge=0, le=1, description="a gain counts only above this, as a fraction of 1")
+    patience: PositiveInt = 1
+    """rounds in a row without a gain before stopping"""
+    min_gain: float = Field(0.0, ge=0, le=1)
+    """a gain counts only above this, as a fraction of 1"""
 
 
 class Recipe(_Section):
     """A whole run."""
 
-    seed: NonNegativeInt = Field(0, description="of draws, training order, sampling and made models")
-    rounds: NonNegativeInt = Field(3, description="most rounds after round 0", json_schema_extra=EXTENDABLE)
-    round0: Annotated[str, Field(pattern=r"^(run|lessons:.+|student:.+)$")] = Field(
-        "run",
-        description="`run`; `lessons:PATH` trains round 0 on given chats; `student:PATH` takes a trained student as it is",
-    )
+    seed: NonNegativeInt = 0
+    """of draws, training order, sampling and made models"""
+    rounds: Extendable[NonNegativeInt] = 3
+    """most rounds after round 0"""
+    round0: Annotated[str, Field(pattern=r"^(run|lessons:.+|student:.+)$")] = "run"
+    """`run`; `lessons:PATH` trains round 0 on given chats; `student:PATH` takes a trained student as it is"""
     data: Data
     teacher: Teacher
     student: Student
     lessons: Lessons = Lessons()
     gap: Gap = Gap()
-    stop: Stop = Field(Stop(), json_schema_extra=EXTENDABLE)
+    stop: Extendable[Stop] = Stop()
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -289,8 +305,7 @@ def _one_line(error: ValidationError) -> str:
 def leaves(section: BaseModel, prefix: str = "", kind: str = "identity") -> Iterator[tuple[str, str, Any]]:
     """Every key of a recipe as (dotted name, kind, value). A section's kind holds for all its keys."""
     for name, field in type(section).model_fields.items():
-        extra = field.json_schema_extra
-        own = str(extra["kind"]) if isinstance(extra, dict) and "kind" in extra else kind
+        own = next((str(mark) for mark in field.metadata if mark in ("extendable", "placement")), kind)
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from leaves(value, f"{prefix}{name}.", own)
