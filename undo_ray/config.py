@@ -27,10 +27,15 @@ T = TypeVar("T")
 Extendable = Annotated[T, "extendable"]
 Placed = Annotated[T, "placement"]
 
-MEMORY_KNOBS = set(
-    "gpu_memory_utilization kv_cache_memory_bytes max_num_seqs max_num_batched_tokens enforce_eager "
-    "distributed_executor_backend disable_log_stats".split()
-)
+MEMORY_KNOBS = {
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "distributed_executor_backend",
+    "disable_log_stats",
+}
 """Arguments of `vllm.LLM` that a person may have to change at 2 a.m. to fit the memory there is: placement, not identity."""
 
 
