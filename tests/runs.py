@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 
 def start(recipe: str, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`."""
+    # Relative on purpose, as people write it: workers have other working directories.
+    run_dir = Path(os.path.relpath(run_dir, ROOT))
     sets = [part for override in overrides for part in ("--set", override)]
     command = [sys.executable, "jobs/undo.py", f"jobs/recipes/{recipe}.toml", "--run-dir", str(run_dir), *sets]
     return subprocess.Popen(

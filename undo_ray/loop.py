@@ -90,6 +90,7 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
             return known
         if not held.begun():
             problems.check(recipe)
+        recipe = located(recipe)
         start_ray(verbose)
         check_placement(recipe)
         progress.connect()
@@ -100,6 +101,13 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
                 finish(recipe, held, records, "no_lessons")
             raise
         return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with model directories as workers find them. The run's identity keeps them as they were written."""
+    parts = {name: getattr(recipe, name) for name in ("teacher", "student")}
+    update = {name: part.model_copy(update={"model": models.located(part.model)}) for name, part in parts.items()}
+    return recipe.model_copy(update=update)
 
 
 def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]], stopped: str) -> dict[str, Any]:

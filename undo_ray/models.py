@@ -38,6 +38,11 @@ def local(ref: str, seed: int) -> str:
     return directory
 
 
+def located(ref: str) -> str:
+    """The reference as workers can use it, whose working directory is another: a relative directory becomes absolute."""
+    return os.path.abspath(ref) if os.path.isdir(ref) else ref
+
+
 def check(ref: str, seed: int, key: str) -> str:
     """Fingerprint of a model's weights and tokenizer, for the run's identity.
 

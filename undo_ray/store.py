@@ -284,7 +284,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
     driver holds the directory, when it belongs to another identity (naming the key and both values), or when what it holds
     cannot be read.
     """
-    place = Place(uri)
+    place = Place(uri if "://" in uri else os.path.abspath(uri))  # workers have working directories of their own
     wanted = {**identity(recipe), **{f"weights of {name}": value for name, value in models.items()}}
     start = {"at": now(), "host": socket.gethostname(), "pid": os.getpid()}
     lease = Lease.take(place)
