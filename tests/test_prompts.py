@@ -345,7 +345,7 @@ def test_a_second_heading_stays_in_the_text_where_accept_refuses_it() -> None:
 
     _, rationale = prompts.parse_new_answer("a\n### new_answer\none\n### new_answer\ntwo")
     assert rationale == "one\n### new_answer\ntwo"
-    assert frame_phrase(rationale) is not None
+    assert frame_phrase(rationale, "What is 3 + 4?") is not None
 
 
 @pytest.mark.parametrize(
