@@ -107,6 +107,7 @@ def _download(uri: str) -> str:
             fs, path = filesystem(uri)
             if not (Place(uri) / "config.json").exists():
                 raise UserError(f"model {uri}: has no config.json; give a directory that transformers can load")
+            target.mkdir(exist_ok=True)
             pafs.copy_files(path, str(target), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
             (target / ".complete").touch()
     return str(target)
