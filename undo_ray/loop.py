@@ -131,6 +131,7 @@ def start_ray(verbose: bool) -> None:
         else {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     )
     level = logging.INFO if verbose else logging.ERROR
+    # Else Ray 2.60 warns that hiding GPUs from tasks that ask for none will end; this chooses the coming behaviour now.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(**own, log_to_driver=verbose, logging_level=level)
 

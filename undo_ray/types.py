@@ -43,11 +43,10 @@ class Verdict:
     answer: str | None = None
     """The answer found in the text, as written there."""
     reason: str | None = None
-    """Why nothing could be graded: one of `UNGRADED`; None when an answer was compared."""
+    """Why nothing could be graded: `no_answer`, `format`, `truncated`, `timeout`, `engine_error`; None when it was graded."""
 
 
 NO_ANSWER, FORMAT, TRUNCATED, TIMEOUT, ENGINE_ERROR = "no_answer", "format", "truncated", "timeout", "engine_error"
-UNGRADED = (NO_ANSWER, FORMAT, TRUNCATED, TIMEOUT, ENGINE_ERROR)
 """Reasons of a verdict that compared nothing."""
 
 VERDICT = pa.struct([("correct", pa.bool_()), ("answer", pa.string()), ("reason", pa.string())])
