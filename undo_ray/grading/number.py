@@ -24,7 +24,7 @@ from undo_ray.types import FORMAT, NO_ANSWER, UserError, Verdict
 MAX_DIGITS: Final = 200
 """A longer number is no answer to a word problem: it is kept as written (cut to this length) and counted wrong."""
 
-_SAME_LENGTH: Final = str.maketrans("−﹣－＋０１２３４５６７８９．，：％＄／\u2009\u202f", "---+0123456789.,:%$/\u00a0\u00a0")
+TYPOGRAPHIC: Final = str.maketrans("−﹣－＋０１２３４５６７８９．，：％＄／\u2009\u202f", "---+0123456789.,:%$/\u00a0\u00a0")
 _DRESS: Final = (
     ("{,}", ","),
     ("\\!", ""),
@@ -114,15 +114,21 @@ def _find(text: str) -> Found | None:
     for line in reversed(_HASHES.findall(text)[-_STATEMENTS:]):
         if not _HEADING.match(line) and (found := _opening(line[:_STATEMENT])):
             return found
-    if (content := _last_box(text)) is not None:
+    if spans := boxes(text):
+        content = text[slice(*spans[-1])]
         return _only(content) or (content, None)
     statements = [(match.end(), anywhere) for form, anywhere in ((_IS, True), (_COLON, False)) for match in form.finditer(text)]
     for end, anywhere in sorted(statements, reverse=True)[:_STATEMENTS]:
         fragment = text[end : end + _STATEMENT]
         if found := _opening(fragment) or (_first(fragment) if anywhere else None):
             return found
-    last = deque(_NUMBER.finditer(text), maxlen=1)
-    return _read(last[0]) if last else None
+    return last(text)
+
+
+def last(text: str) -> Found | None:
+    """The last number of a text."""
+    matches = deque(_NUMBER.finditer(text), maxlen=1)
+    return _read(matches[0]) if matches else None
 
 
 def _opening(fragment: str) -> Found | None:
@@ -160,24 +166,24 @@ def _only(content: str) -> Found | None:
     return None if _TERM_BEFORE.search(before) or _TERM_AFTER.search(bare[match.end() :]) else _read(match)
 
 
-def _last_box(text: str) -> str | None:
-    """Content of the balanced, non-empty `\\boxed{...}` that closes last; one pass, however many stay open."""
+def boxes(text: str) -> list[tuple[int, int]]:
+    """Spans of the contents of balanced, non-empty `\\boxed{...}` in the order they close; one pass, however many stay open."""
     opened: list[int | None] = []
-    last = None
+    found = []
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}" and opened:
             start = opened.pop()
             if start is not None and text[start : match.start()].strip():
-                last = (start, match.start())
+                found.append((start, match.start()))
         elif token.endswith("{") and token != "\\{":
             opened.append(None if token == "{" else match.end())
-    return text[last[0] : last[1]] if last else None
+    return found
 
 
 def _clean(text: str) -> str:
     """`text` with full-width and typographic digits, signs and spaces in ASCII, and without LaTeX spacing."""
-    text = text.translate(_SAME_LENGTH)
+    text = text.translate(TYPOGRAPHIC)
     for dress, plain in _DRESS:
         text = text.replace(dress, plain)
     return text
