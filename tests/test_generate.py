@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from undo_ray import generate, prompts
+from undo_ray.lessons import _to_lessons
 from undo_ray.types import ROWS
 
 QUESTION = {
@@ -243,7 +244,7 @@ def test_permuting_leaves_what_it_was_given_alone() -> None:
 
 
 def lessons(rows: list[dict[str, Any]], k: int, mode: str) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = generate._to_lessons(pa.Table.from_pylist(rows, schema=ROWS), k, mode).to_pylist()
+    made: list[dict[str, Any]] = _to_lessons(pa.Table.from_pylist(rows, schema=ROWS), k, mode).to_pylist()
     return made
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("gap", "store"),
     ("tasks", "models"),
     ("problems", "engines", "train"),
-    ("generate",),
+    ("generate", "lessons"),
     ("report",),
     ("loop",),
     ("cli",),

@@ -1,4 +1,4 @@
-"""The stages that make text: explain(), attempt(), measure(), and accept(), which turns what was explained into lessons.
+"""The stages that make text: explain(), attempt() and measure(), and test() at the end.
 
 Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. A row whose
 generation failed keeps its place with its reason; a copy goes to quarantine. Figures are counted on the written rows, part by
@@ -7,8 +7,6 @@ part, so that the driver never holds rows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +24,7 @@ from undo_ray.place import Place
 from undo_ray.problems import test_name
 from undo_ray.prompts import Case
 from undo_ray.store import Stage
-from undo_ray.types import ENGINE_ERROR, FORMAT, LESSONS, ROWS, SELECT, SHOW, TRAIN, TRUNCATED, Message, Row, UserError, Verdict
+from undo_ray.types import ENGINE_ERROR, FORMAT, ROWS, SELECT, SHOW, TRAIN, TRUNCATED, Message, Row, UserError, Verdict
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -189,86 +187,6 @@ def permuted_histories(histories: dict[str, list[Row]], seed: int) -> dict[str, 
         for entry, (attempt, verdict) in zip(entries, pairs, strict=True):
             entry["attempt"], entry["attempt_verdict"] = attempt, verdict
     return out
-
-
-# -- the lessons --------------------------------------------------------------------------------------------------------
-
-
-def accept(rows: Dataset, earlier: Dataset | None, recipe: Recipe, out: Stage) -> None:
-    """Accepted rationales become chats to train on, without exact duplicates.
-
-    `earlier`: the previous round's lessons, for `lessons.mode = "accumulate"`. Raises UserError with exit code 3 when nothing
-    is left to train on.
-    """
-    if out.round == 0 and recipe.round0.startswith("student:"):
-        return  # nothing is trained in round 0
-    if out.round == 0 and recipe.round0.startswith("lessons:"):
-        chats = _given_lessons(recipe.round0.removeprefix("lessons:"))
-    else:
-        to_lessons = partial(_to_lessons, k=out.round, mode=recipe.lessons.mode)
-        chats = rows.map_batches(to_lessons, batch_format="pyarrow", zero_copy_batch=True)
-    if recipe.lessons.mode == "accumulate" and earlier is not None:
-        chats = earlier.union(chats)
-    chats = chats.materialize()  # asked twice below; about the size of the lessons themselves
-    keys = [
-        (digest, round, id)
-        for batch in chats.map_batches(_digests, batch_format="pyarrow").iter_batches(batch_format="pyarrow")
-        for digest, round, id in zip(*(batch.column(name).to_pylist() for name in ("digest", "round", "id")), strict=True)
-    ]
-    if not keys:
-        raise UserError(
-            f"round {out.round}: no rationale was accepted, so there is nothing to train on; see `refused` in "
-            f"{out.ledger.place.uri}/round-{out.round:02d}/rationales/manifest.json for the reasons",
-            exit_code=3,
-        )
-    first: dict[str, tuple[int, str]] = {}
-    for digest, round, id in sorted(keys):
-        first.setdefault(digest, (round, id))
-    duplicates = {(round, id) for digest, round, id in keys} - set(first.values())
-    out.write(chats.map_batches(partial(_without, dropped=duplicates), batch_format="pyarrow"))
-    out.note(lessons=len(first), duplicates=len(keys) - len(first), keep_wrong=recipe.lessons.keep_wrong)
-
-
-def _given_lessons(path: str) -> Dataset:
-    """Chats of a JSONL or Parquet file with a `messages` column, as lessons of round 0."""
-    import ray.data
-
-    place = Place(path)
-    try:
-        if path.endswith(".parquet"):
-            chats = pq.read_table(place.path, filesystem=place.fs, columns=["messages"]).column("messages").to_pylist()
-        else:
-            chats = [json.loads(line)["messages"] for line in place.read_bytes().decode().split("\n") if line.strip()]
-        rows = [{"id": f"given/{index}", "round": 0, "messages": chat} for index, chat in enumerate(chats)]
-        return ray.data.from_arrow(pa.Table.from_pylist(rows, schema=LESSONS))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"round0 = lessons:{path}: not readable ({str(error).splitlines()[0]}); give JSONL or Parquet with `messages`"
-        ) from None
-
-
-def _to_lessons(table: pa.Table, k: int, mode: str) -> pa.Table:
-    lessons = []
-    for row in table.select(["id", "task", "split", "question", "choices", "lesson"]).to_pylist():
-        lesson = row["lesson"]
-        if row["split"] == TRAIN and lesson and (mode == "latest" or lesson["round"] == k):
-            asked = prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
-            answer = {"role": "assistant", "content": lesson["rationale"]}
-            lessons.append({"id": row["id"], "round": lesson["round"], "messages": [*asked, answer]})
-    return pa.Table.from_pylist(lessons, schema=LESSONS)
-
-
-def _digests(table: pa.Table) -> pa.Table:
-    digests = [
-        hashlib.sha256(repr([message["content"] for message in chat]).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        for chat in table.column("messages").to_pylist()
-    ]
-    return pa.table({"id": table.column("id"), "round": table.column("round"), "digest": pa.array(digests, pa.string())})
-
-
-def _without(table: pa.Table, dropped: set[tuple[int, str]]) -> pa.Table:
-    keys = zip(table.column("round").to_pylist(), table.column("id").to_pylist(), strict=True)
-    return table.filter(pa.array([key not in dropped for key in keys], pa.bool_()))
 
 
 # -- the student --------------------------------------------------------------------------------------------------------

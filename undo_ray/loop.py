@@ -12,7 +12,8 @@ import ray.data
 from undo_ray import engines, gap, models, problems, report
 from undo_ray.config import Engine, Recipe
 from undo_ray.gap import Gap
-from undo_ray.generate import accept, attempt, explain, measure, test
+from undo_ray.generate import attempt, explain, measure, test
+from undo_ray.lessons import accept
 from undo_ray.progress import Progress
 from undo_ray.store import Run, open_run
 from undo_ray.train import finetune
