@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -26,33 +27,28 @@ def accept(rows: Dataset, earlier: Dataset | None, recipe: Recipe, out: Stage) -
     `earlier`: the previous round's lessons, for `lessons.mode = "accumulate"`. Raises UserError with exit code 3 when nothing
     is left to train on.
     """
-    if out.round == 0 and recipe.round0.startswith("student:"):
+    given, _, path = ("run" if out.round else recipe.round0).partition(":")
+    if given == "student":
         return  # nothing is trained in round 0
-    if out.round == 0 and recipe.round0.startswith("lessons:"):
-        chats = _given_lessons(recipe.round0.removeprefix("lessons:"))
+    if given == "lessons":
+        chats = _given_lessons(path)
     else:
         to_lessons = partial(_to_lessons, k=out.round, mode=recipe.lessons.mode)
         chats = rows.map_batches(to_lessons, batch_format="pyarrow", zero_copy_batch=True)
     if recipe.lessons.mode == "accumulate" and earlier is not None:
         chats = earlier.union(chats)
     chats = chats.materialize()  # asked twice below; about the size of the lessons themselves
-    keys = [
-        (digest, round, id)
-        for batch in chats.map_batches(_digests, batch_format="pyarrow").iter_batches(batch_format="pyarrow")
-        for digest, round, id in zip(*(batch.column(name).to_pylist() for name in ("digest", "round", "id")), strict=True)
-    ]
+    digests = chats.map_batches(_digests, batch_format="pyarrow")
+    keys = sorted((row["digest"], row["round"], row["id"]) for row in digests.iter_rows())
     if not keys:
         raise UserError(
             f"round {out.round}: no rationale was accepted, so there is nothing to train on; see `refused` in "
             f"{out.ledger.place.uri}/round-{out.round:02d}/rationales/manifest.json for the reasons",
             exit_code=3,
         )
-    first: dict[str, tuple[int, str]] = {}
-    for digest, round, id in sorted(keys):
-        first.setdefault(digest, (round, id))
-    duplicates = {(round, id) for digest, round, id in keys} - set(first.values())
+    duplicates = {key[1:] for before, key in pairwise(keys) if before[0] == key[0]}
     out.write(chats.map_batches(partial(_without, dropped=duplicates), batch_format="pyarrow"))
-    out.note(lessons=len(first), duplicates=len(keys) - len(first), keep_wrong=recipe.lessons.keep_wrong)
+    out.note(lessons=len(keys) - len(duplicates), duplicates=len(duplicates), keep_wrong=recipe.lessons.keep_wrong)
 
 
 def _given_lessons(path: str) -> Dataset:
@@ -62,7 +58,7 @@ def _given_lessons(path: str) -> Dataset:
     place = Place(path)
     try:
         if path.endswith(".parquet"):
-            chats = pq.read_table(place.path, filesystem=place.fs, columns=["messages"]).column("messages").to_pylist()
+            chats = pq.read_table(place.path, ["messages"], filesystem=place.fs).column(0).to_pylist()
         else:
             chats = [json.loads(line)["messages"] for line in place.read_bytes().decode().split("\n") if line.strip()]
         rows = [{"id": f"given/{index}", "round": 0, "messages": chat} for index, chat in enumerate(chats)]
@@ -85,11 +81,9 @@ def _to_lessons(table: pa.Table, k: int, mode: str) -> pa.Table:
 
 
 def _digests(table: pa.Table) -> pa.Table:
-    digests = [
-        hashlib.sha256(repr([message["content"] for message in chat]).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        for chat in table.column("messages").to_pylist()
-    ]
-    return pa.table({"id": table.column("id"), "round": table.column("round"), "digest": pa.array(digests, pa.string())})
+    texts = [repr([message["content"] for message in chat]) for chat in table.column("messages").to_pylist()]
+    digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32] for text in texts]
+    return table.select(["id", "round"]).append_column("digest", pa.array(digests, pa.string()))
 
 
 def _without(table: pa.Table, dropped: set[tuple[int, str]]) -> pa.Table:

@@ -21,6 +21,10 @@ NEW_ANSWER = "### new_answer"
 """The heading under which a teacher writes the rationale."""
 
 
+Parse = Callable[[str], tuple[str | None, str | None]]
+"""Model output -> (diagnosis, rationale). A rationale of None is the verdict reason `format`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One scored example as a teacher sees it: a question, what the teacher said, what the student made of it.
@@ -42,8 +46,7 @@ class Template:
 
     render: Callable[[Sequence[Case], Case, str], list[Message]]
     """(shown examples, the question with its own history, the task's instruction) -> chat."""
-    parse: Callable[[str], tuple[str | None, str | None]]
-    """Model output -> (diagnosis, rationale). A rationale of None is the verdict reason `format`."""
+    parse: Parse
 
 
 def question_text(row: Row) -> str:
