@@ -58,7 +58,7 @@ def _given_lessons(path: str) -> Dataset:
     place = Place(path)
     try:
         if path.endswith(".parquet"):
-            chats = pq.read_table(place.path, ["messages"], filesystem=place.fs).column(0).to_pylist()
+            chats = pq.read_table(place.path, columns=["messages"], filesystem=place.fs).column(0).to_pylist()
         else:
             chats = [json.loads(line)["messages"] for line in place.read_bytes().decode().split("\n") if line.strip()]
         rows = [{"id": f"given/{index}", "round": 0, "messages": chat} for index, chat in enumerate(chats)]

@@ -92,7 +92,7 @@ def dataset(files: list[Place]) -> Any:
 def split_rows(files: list[Place], split: str, columns: list[str] | None = None) -> list[Row]:
     """The rows of one split, in the memory of this process: for sets known to be small, like `show` or a test."""
     paths = [file.path for file in files]
-    rows: list[Row] = pq.read_table(paths, columns, filesystem=files[0].fs, filters=[("split", "=", split)]).to_pylist()
+    rows: list[Row] = pq.read_table(paths, columns=columns, filesystem=files[0].fs, filters=[("split", "=", split)]).to_pylist()
     return rows
 
 
