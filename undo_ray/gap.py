@@ -130,41 +130,23 @@ def score(counts: Tally, split: str) -> Score:
 def measured(round: int, show_rows: Sequence[Row], counts: Tally, shared: bool) -> Gap:
     """Δ(k) from the attempted show rows and the tally of show and select. `shared`: show is select, as in the paper."""
     chosen = SHOW if shared else SELECT
-    subjects = sorted({subject for split, subject, _ in counts if split == chosen and subject})
-    return Gap(
-        round=round,
-        shown=tuple(shown_case(row) for row in sorted(show_rows, key=lambda row: row["id"])),
-        select=score(counts, chosen),
-        show=score(counts, SHOW),
-        subjects={
-            subject: {
-                "n": counts[chosen, subject, "n"],
-                "wrong": counts[chosen, subject, "n"] - counts[chosen, subject, "correct"],
-            }
-            for subject in subjects
-        },
-    )
+    asked = {subject: n for (split, subject, what), n in counts.items() if (split, what) == (chosen, "n") and subject}
+    subjects = {subject: {"n": n, "wrong": n - counts[chosen, subject, "correct"]} for subject, n in sorted(asked.items())}
+    shown = tuple(shown_case(row) for row in sorted(show_rows, key=lambda row: row["id"]))
+    return Gap(round, shown, score(counts, chosen), score(counts, SHOW), subjects)
 
 
 def shown_case(row: Row) -> Case:
     """A show row as an example: the teacher answered it once, in round 0; the student's part is its newest attempt."""
-    attempt = row["attempt"]
-    return replace(
-        own_case({**row, "history": (row["history"] or [])[:1]}),
-        student=attempt["text"],
-        student_answer=attempt["verdict"]["answer"],
-        score=attempt["verdict"]["correct"],
-    )
+    first = (row["history"] or [{"rationale": None}])[0]
+    newest = {"attempt": row["attempt"]["text"], "attempt_verdict": row["attempt"]["verdict"]}
+    return own_case({**row, "history": [{**first, **newest}]})
 
 
 def shuffled(cases: Sequence[Case], seed: int) -> tuple[Case, ...]:
     """The control `feedback = "shuffled"`: what students wrote and scored, permuted across questions. All totals stay."""
-    order = random.Random(seed).sample(range(len(cases)), len(cases))
-    parts = [(cases[i].student, cases[i].student_answer, cases[i].score) for i in order]
-    return tuple(
-        replace(case, student=student, student_answer=answer, score=score)
-        for case, (student, answer, score) in zip(cases, parts, strict=True)
-    )
+    pairs = zip(cases, random.Random(seed).sample(list(cases), len(cases)), strict=True)
+    return tuple(replace(case, student=by.student, student_answer=by.student_answer, score=by.score) for case, by in pairs)
 
 
 def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = False) -> str | None:

@@ -252,7 +252,7 @@ def _generate(
     out.progress.total(rows.count())
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(models.local, model, recipe.seed)
-    answered = engines.generate(blocks, spec.engine, local, spec.sampling, render, GENERATIONS, seeds)
+    answered = engines.generate(blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds))
     grade = partial(_judge, judge=judge, column=column, well=well, board=out.progress.board)
     out.write(answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True))
     count = ray.remote(_count).options(num_cpus=0.5)
@@ -288,14 +288,9 @@ def _count(file: Place, column: str) -> gap.Tally:
 def _figures(totals: Counter[str], out: Stage, engine: Engine, role: str) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
     failures = totals[ENGINE_ERROR]
-    out.note(
-        generations=totals["n"],
-        good=totals["good"],
-        unparsed=totals["unparsed"],
-        engine_errors=failures,
-        tokens={name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")},
-        gpus=engine.replicas * engine.resources.gpus,
-    )
+    out.note(generations=totals["n"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
+    tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
+    out.note(tokens=tokens, gpus=engine.replicas * engine.resources.gpus)
     if not failures:
         return
     place = out.quarantine

@@ -127,5 +127,8 @@ class Place:
 
     def upload(self, directory: str) -> None:
         """Copy a local directory here."""
-        self.made()
-        pafs.copy_files(directory, self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
+        pafs.copy_files(directory, self.made().path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
+
+    def download(self, directory: str) -> None:
+        """Copy this folder to a local directory."""
+        pafs.copy_files(self.path, directory, source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())

@@ -106,11 +106,8 @@ def _output(instruction: str) -> str:
 
 def _block(case: Case) -> str:
     """One example in the headed layout; parts that are not known are left out."""
-    teacher = (
-        [f"### teacher answer:\n{case.before[-1][1]}"]
-        if len(case.before) == 1
-        else [f"### ITERATION {round} teacher answer:\n{text}" for round, text in case.before]
-    )
+    several = len(case.before) > 1
+    teacher = [f"### {f'ITERATION {round} ' if several else ''}teacher answer:\n{text}" for round, text in case.before]
     scored = [f"### student answer:\n{case.student or ''}", f"### score:\n{int(case.score)}"] if case.score is not None else []
     return "\n".join([f"### question:\n{case.question}", *teacher, *scored])
 

@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -257,16 +257,9 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
             _same_identity(uri, known["identity"], wanted)
         elif any(not re.match(r"(lock|recipe)\.json", name) for name in place.names()):
             raise UserError(f"{uri}: not empty and not a run directory; give another --run-dir", exit_code=4)
-        path.write_json(
-            {
-                "recipe": recipe.model_dump(mode="json"),
-                "identity": wanted,
-                "versions": _versions(),
-                "git": _git_revision(),
-                "starts": [*known["starts"], start],
-            }
-        )
-        yield Run(place, recipe, lease, progress, resumes=len(known["starts"]))
+        known |= {"recipe": recipe.model_dump(mode="json"), "identity": wanted, "starts": [*known["starts"], start]}
+        path.write_json({**known, "versions": _versions(), "git": _git_revision()})
+        yield Run(place, recipe, lease, progress, resumes=len(known["starts"]) - 1)
     finally:
         lease.release()
 
@@ -286,13 +279,8 @@ def _same_identity(uri: str, known: Json, wanted: Json) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: list(distributions(name=name)) for name in VERSIONS}
+    return {name: found[0].version for name, found in installed.items() if found}
 
 
 def _git_revision() -> str | None:

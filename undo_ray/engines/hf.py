@@ -28,12 +28,10 @@ class Transformers:
         ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
-        greedy = sampling.temperature == 0
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
         self.config = GenerationConfig(
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else 0,
+            do_sample=bool(sampled),
+            **sampled,
             max_new_tokens=sampling.max_tokens,
             eos_token_id=sorted(self.ends),
             pad_token_id=self.pad,
