@@ -247,8 +247,7 @@ def _generate(
 
     spec: Teacher | Student = getattr(recipe, role)
     draw, column, well = ROLES[role]
-    samples = recipe.teacher.samples if role == "teacher" else 1
-    seeds = partial(_seeds, recipe.seed, draw, k, samples)
+    seeds = partial(_seeds, recipe.seed, draw, k, getattr(spec, "samples", 1))
     out.progress.total(rows.count())
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(models.local, model, recipe.seed)

@@ -84,8 +84,7 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         engines.check(getattr(recipe, role).engine, f"{role}.engine")
     weights = {key: models.check(ref, recipe.seed, key) for key, ref in refs.items()}
     with open_run(run_dir, recipe, weights, progress) as held:
-        known = report.finished(held)
-        if known is not None:
+        if known := report.finished(held):
             progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
             return known
         if not held.begun():

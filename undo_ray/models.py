@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
+import pkgutil
 import re
 from pathlib import Path
 
@@ -87,9 +87,8 @@ def _hub(ref: str, patterns: tuple[str, ...]) -> str:
 
 
 def _make(ref: str, seed: int) -> str:
-    module, _, name = ref.partition(":")
     try:
-        return str(getattr(importlib.import_module(module), name)(seed))
+        return str(pkgutil.resolve_name(ref)(seed))
     except (ImportError, AttributeError) as error:
         raise UserError(f"model {ref}: {error}; write it as package.module:function") from None
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from undo_ray.types import UserError
+from undo_ray.types import UserError, unusable
 
 Json = dict[str, Any]
 
@@ -55,19 +55,13 @@ class Place:
 
     @cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
-        if self._above is None:
-            return filesystem(self.uri)
-        folder, name = self._above
-        return folder.fs, f"{folder.path.rstrip('/')}/{name}"
+        if self._above:
+            folder, name = self._above
+            return folder.fs, f"{folder.path.rstrip('/')}/{name}"
+        return filesystem(self.uri)
 
-    @property
-    def fs(self) -> pafs.FileSystem:
-        return self._opened[0]
-
-    @property
-    def path(self) -> str:
-        """As `fs` takes it."""
-        return self._opened[1]
+    fs = property(lambda self: self._opened[0])
+    path = property(lambda self: self._opened[1], doc="As `fs` takes it.")
 
     def exists(self) -> bool:
         return self.fs.get_file_info(self.path).type != pafs.FileType.NotFound
@@ -98,9 +92,9 @@ class Place:
         try:
             found = json.loads(self.read_bytes())
         except ValueError:
-            raise UserError(f"{self.uri}: not valid JSON; {remedy}", exit_code=4) from None
+            raise unusable(f"{self.uri}: not valid JSON; {remedy}") from None
         if not isinstance(found, dict) or not valid(found):
-            raise UserError(f"{self.uri}: not {what}; {remedy}", exit_code=4)
+            raise unusable(f"{self.uri}: not {what}; {remedy}")
         return found
 
     def files(self) -> dict[str, pafs.FileInfo]:

@@ -99,9 +99,8 @@ _WRITE = (
 
 
 def _output(instruction: str) -> str:
-    return f"Write your analysis first. Then write the line\n{NEW_ANSWER}\nand below it nothing but the new answer." + (
-        f" {instruction}" if instruction else ""
-    )
+    more = f" {instruction}" if instruction else ""
+    return f"Write your analysis first. Then write the line\n{NEW_ANSWER}\nand below it nothing but the new answer.{more}"
 
 
 def _block(case: Case) -> str:

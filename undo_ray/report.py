@@ -51,12 +51,11 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
     """
     recipe = run.recipe
     rounds = [dict(record, tests={}) for record in records]
+    del rounds[0]["previous_train"]
     for earlier, later in pairwise(rounds):
         # Training questions were just trained on: what exceeds validation there is memory, not skill.
-        earlier["train"] = later["previous_train"]
+        earlier["train"] = later.pop("previous_train")
         earlier["train_minus_validation"] = earlier["train"]["accuracy"] - earlier["validation"]["accuracy"]
-    for record in rounds:
-        del record["previous_train"]
     chosen = best([record["validation"]["accuracy"] for record in records])
     report: Json = {
         "best_round": chosen,

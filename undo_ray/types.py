@@ -118,11 +118,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message, exit_code)
+        super().__init__(message)
         self.exit_code = exit_code
 
-    def __str__(self) -> str:
-        return str(self.args[0])
+
+def unusable(message: str) -> UserError:
+    """The error of a run directory that cannot be used."""
+    return UserError(message, exit_code=4)
 
 
 def now() -> str:

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,8 +83,7 @@ class Replica:
     """One engine in the pool: chats to token ids, batches through the backend, token ids to text."""
 
     def __init__(self, work: Work):
-        module, _, name = BACKENDS[work.engine.kind].partition(":")
-        backend = getattr(importlib.import_module(module), name)
+        backend = pkgutil.resolve_name(BACKENDS[work.engine.kind])
         self.backend: Backend = backend(work.model(), work.engine, work.sampling)
         self.work, self.render = work, work.render()
 
