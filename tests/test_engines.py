@@ -117,15 +117,15 @@ def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(cl
 
     questions = ["What is 1 + 1?", "pass", "too long " * 400, "What is 2 + 2?"]
     rows = ray.data.from_arrow(pa.table({"id": list("abcd"), "question": questions}))
-    answered = engines.generate(
-        rows,
-        Engine(context=256, batch_size=3),
-        partial(str, llama),
-        Sampling(temperature=1.0, max_tokens=8),
-        lambda: ask,  # type: ignore[arg-type, return-value]
-        "out",
-        lambda row: [1, 2],
+    work = engines.Work(
+        engine=Engine(context=256, batch_size=3),
+        model=partial(str, llama),
+        sampling=Sampling(temperature=1.0, max_tokens=8),
+        render=lambda: ask,  # type: ignore[arg-type, return-value]
+        column="out",
+        seeds=lambda row: [1, 2],
     )
+    answered = engines.generate(rows, work)
     by_id = {row["id"]: row["out"] for row in answered.take_all()}
     assert [len(by_id[id]) for id in "abcd"] == [2, 0, 2, 2]
     assert all("leaves no room" in sample["engine_error"] and sample["text"] is None for sample in by_id["c"])

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import asdict
 from statistics import NormalDist
 from typing import Any
 
@@ -14,6 +15,9 @@ from undo_ray.gap import Gap, Score
 from undo_ray.prompts import Case
 
 Z = NormalDist().inv_cdf(0.975)
+
+
+TOKENS = {"prompt_tokens": 7, "cached_tokens": 3, "completion_tokens": 5}
 
 
 def verdict(correct: bool, answer: str | None = "4", reason: str | None = None) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def row(
         "choices": None,
         "subject": subject,
         "history": [],
-        "attempt": {"text": f"attempt of {id}", "verdict": verdict(correct, found, reason)},
+        "attempt": {"text": f"attempt of {id}", "verdict": verdict(correct, found, reason), **TOKENS},
         **more,
     }
 
@@ -76,9 +80,7 @@ def test_a_score_turns_counts_into_shares() -> None:
 
 
 def test_nothing_measured_has_no_accuracy() -> None:
-    assert gap.score_json(Score.of(0, 0)) == dict.fromkeys(["accuracy", "low", "high", "unparsed", "truncated"], None) | {
-        "n": 0
-    }
+    assert asdict(Score.of(0, 0)) == dict.fromkeys(["accuracy", "low", "high", "unparsed", "truncated"], None) | {"n": 0}
 
 
 def test_tallies_of_the_parts_add_up_to_the_tally_of_the_whole() -> None:

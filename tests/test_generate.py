@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from undo_ray import generate, prompts
+from undo_ray import gap, generate, prompts
+from undo_ray.lessons import _to_lessons
 from undo_ray.types import ROWS
 
 QUESTION = {
@@ -243,7 +244,7 @@ def test_permuting_leaves_what_it_was_given_alone() -> None:
 
 
 def lessons(rows: list[dict[str, Any]], k: int, mode: str) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = generate._to_lessons(pa.Table.from_pylist(rows, schema=ROWS), k, mode).to_pylist()
+    made: list[dict[str, Any]] = _to_lessons(pa.Table.from_pylist(rows, schema=ROWS), k, mode).to_pylist()
     return made
 
 
@@ -281,25 +282,35 @@ def test_the_mode_says_which_questions_bring_a_lesson(mode: str, expected: list[
 def test_rationales_are_counted_with_their_refusals() -> None:
     broken = {**candidate("d", "engine_error"), "verdict": verdict(False, None, "engine_error")}
     rows = [
-        {"candidates": [candidate("a", "wrong"), candidate("b", None)]},
-        {"candidates": [candidate("c", "frame"), broken]},
-        {"candidates": []},
+        {**ROW, "candidates": [candidate("a", "wrong"), candidate("b", None)]},
+        {**ROW, "candidates": [candidate("c", "frame"), broken], "split": "show"},
+        {**ROW, "candidates": []},
     ]
-    counts = generate._count_rationales(rows)
-    assert counts == Counter(
+    counts = gap.tally(rows, "candidates")
+    assert gap.total(counts) == Counter(
         {
             "n": 4,
+            "good": 1,
+            "correct": 1,
             "prompt_tokens": 28,
             "cached_tokens": 12,
             "completion_tokens": 20,
-            "errors": 1,
             "unparsed": 1,
-            "accepted": 1,
-            "r:wrong": 1,
-            "r:frame": 1,
-            "r:engine_error": 1,
+            "engine_error": 1,
+            "refused wrong": 1,
+            "refused frame": 1,
+            "refused engine_error": 1,
         }
     )
+    assert (gap.total(counts, "show")["n"], gap.total(counts, "train")["good"], gap.total(counts, "select")["n"]) == (2, 1, 0)
+
+
+def test_attempts_are_counted_where_a_row_has_one() -> None:
+    right = {**answer(1), "verdict": verdict(True, "6")}
+    cut = {**answer(1), "verdict": verdict(False, None, "truncated")}
+    totals = gap.total(gap.tally([{**ROW, "attempt": found} for found in (right, answer(1), cut, None)]))
+    expected = {"n": 3, "good": 1, "correct": 1, "unparsed": 1, "truncated": 1}
+    assert {what: totals[what] for what in expected} == expected and totals["completion_tokens"] == 15
 
 
 def test_every_sample_of_a_row_has_a_seed_of_its_own_that_batches_do_not_change() -> None:

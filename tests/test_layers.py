@@ -20,7 +20,7 @@ LAYERS = (
     ("gap", "store"),
     ("tasks", "models"),
     ("problems", "engines", "train"),
-    ("generate",),
+    ("generate", "lessons"),
     ("report",),
     ("loop",),
     ("cli",),
@@ -39,7 +39,7 @@ NEVER = {
 LIGHT = ("types", "config", "prompts", "frame", "grading", "gap")
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets")
 
-CODE_LINES = 2_770
+CODE_LINES = 2_500
 DRIVER_LINES = 40
 
 

@@ -61,8 +61,7 @@ def never(out: Stage) -> None:
 
 def names(place: Place) -> list[str]:
     """Every file below, without the lease."""
-    found = (os.path.relpath(info.path, place.path) for info in place.files())
-    return sorted(name for name in found if name != "lock.json")
+    return [name for name in place.files() if name != "lock.json"]
 
 
 def contents(place: Place) -> dict[str, bytes]:
@@ -249,12 +248,12 @@ def test_records_are_read_back_in_order_up_to_the_first_round_not_done(place: Pl
         for k in (0, 1):
             step = run.round(k)
             step.once("measure", numbers, k)
-            step.commit(validation={"accuracy": k / 10})
+            step.commit(validation={"accuracy": k / 10}, figures=step.manifests["measure"]["figures"])
         run.round(3).commit()
     with opened(place) as run:
         records = run.records()
     assert [(record["round"], record["validation"]) for record in records] == [(0, {"accuracy": 0.0}), (1, {"accuracy": 0.1})]
-    assert records[1]["stages"]["measure"]["figures"] == {"count": 1}
+    assert records[1]["figures"] == {"count": 1}
     assert records[0]["fingerprint"] == records[1]["fingerprint"]
 
 
@@ -434,6 +433,12 @@ HOLD = """
 """
 
 
+def held_by(place: Place) -> tuple[int, str]:
+    """Process id and token of the driver that holds a run directory."""
+    lock = (place / "lock.json").read_json("")
+    return lock["pid"], lock["token"]
+
+
 def driver(code: str, place: Place, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), place.uri, recipe().model_dump_json(), *arguments],
@@ -465,16 +470,17 @@ def test_a_second_driver_is_refused_with_pid_host_and_since_until_the_first_is_d
     holder.kill()
     while psutil.Process(holder.pid).status() != psutil.STATUS_ZOMBIE:  # dead, but its parent has not asked yet
         time.sleep(0.01)
-    enter(place)
+    with opened(place) as run:
+        assert held_by(place) == (os.getpid(), run.lease.token)
     holder.wait()
-    enter(place)
 
 
 def test_a_dead_drivers_directory_is_free_once_it_is_reaped(place: Place, holder: subprocess.Popen[str]) -> None:
     holder.kill()
     holder.wait()
-    assert (place / "lock.json").exists()
-    enter(place)
+    assert held_by(place)[0] == holder.pid
+    with opened(place) as run:
+        assert held_by(place) == (os.getpid(), run.lease.token)
     assert not (place / "lock.json").exists()
 
 
@@ -491,13 +497,16 @@ def test_the_lease_of_another_machine_is_respected_until_it_is_not_renewed(place
     (place / "lock.json").write_bytes(content)
     lease_of_another(place, age=lease.LEASE_SECONDS - 10)
     assert "held by pid 1 on elsewhere since" in refused(lambda: enter(place))
+    assert held_by(place) == (1, "0" * 32)
     lease_of_another(place, age=lease.LEASE_SECONDS + 1)
-    enter(place)
+    with opened(place) as run:
+        assert held_by(place) == (os.getpid(), run.lease.token)
 
 
 def test_a_lease_that_was_never_written_whole_holds_nobody_up(place: Place) -> None:
     (place / "lock.json").write_bytes(b'{"token": "')
-    enter(place)
+    with opened(place) as run:
+        assert held_by(place) == (os.getpid(), run.lease.token)
 
 
 def test_a_driver_that_wakes_up_after_another_took_over_cannot_commit(place: Place) -> None:
@@ -543,13 +552,14 @@ def test_a_lease_is_renewed_while_it_is_held(local: Place, monkeypatch: pytest.M
 def test_a_passing_storage_error_does_not_end_the_renewals(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
     with opened(local):
-        lock, aside = Path(local.path) / "lock.json", Path(local.path) / "aside"
+        lock, aside, loop = (Path(local.path) / name for name in ("lock.json", "aside", "loop"))
         last = renewal(local, after=renewal(local))  # the next is 0.1 s away
-        lock.rename(aside)
-        lock.mkdir()  # reading it fails, but not because it is gone
+        # Each step is atomic: a lock that is gone for a moment would be one that somebody else took away.
+        os.link(lock, aside)
+        loop.symlink_to(lock)
+        loop.replace(lock)  # reading it fails, but not because it is gone
         time.sleep(0.3)
-        lock.rmdir()
-        aside.rename(lock)
+        aside.replace(lock)
         renewal(local, after=last)
 
 

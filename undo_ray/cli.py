@@ -16,10 +16,10 @@ from undo_ray.types import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, do, and return the exit code (see types.UserError; 130 after Ctrl-C)."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        return int(options.do(options) or 0)
+        options.do(options)
+        return 0
     except UserError as error:
         print(f"undo-ray: {error}", file=sys.stderr)
         return error.exit_code
@@ -36,9 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe to its end, or go on with it")
     run.add_argument("recipe", help="TOML file; every key is in docs/recipe.md")
     run.add_argument("--run-dir", metavar="DIR", help="path or URI of the run directory; default runs/<recipe name>")
-    run.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. student.learning_rate=1e-3"
-    )
+    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. student.epochs=3")
     run.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
     run.set_defaults(do=_run)
 
@@ -54,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     recipe = config.load(options.recipe, options.set)
     run_dir = options.run_dir or os.path.join("runs", os.path.splitext(os.path.basename(options.recipe))[0])
     if not options.verbose:
@@ -66,7 +64,6 @@ def _run(options: argparse.Namespace) -> int:
 
     print(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}"))
     print(f"\nrun: {run_dir}    report: {(Place(run_dir) / 'report.json').uri}")
-    return 0
 
 
 def _quiet() -> None:
@@ -82,16 +79,14 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-def _show(options: argparse.Namespace) -> int:
+def _show(options: argparse.Namespace) -> None:
     from undo_ray import report
 
     print("\n".join(report.table(report.read(path), title=f"\n{path}") for path in options.run_dir))
-    return 0
 
 
-def _train_teacher(options: argparse.Namespace) -> int:
+def _train_teacher(options: argparse.Namespace) -> None:
     from undo_ray.mini import teacher
 
     teacher.train(options.out, options.seed)
     print(teacher.figures(options.out))
-    return 0

@@ -27,15 +27,10 @@ T = TypeVar("T")
 Extendable = Annotated[T, "extendable"]
 Placed = Annotated[T, "placement"]
 
-MEMORY_KNOBS = {
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "enforce_eager",
-    "distributed_executor_backend",
-    "disable_log_stats",
-}
+MEMORY_KNOBS = set(
+    "gpu_memory_utilization kv_cache_memory_bytes max_num_seqs max_num_batched_tokens enforce_eager "
+    "distributed_executor_backend disable_log_stats".split()
+)
 """Arguments of `vllm.LLM` that a person may have to change at 2 a.m. to fit the memory there is: placement, not identity."""
 
 
@@ -293,17 +288,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _one_line(error: ValidationError) -> str:
     """The first problem pydantic found, as `key: what is wrong; remedy`, with a count of the others."""
     first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"]) or "recipe"
-    if first["type"] == "extra_forbidden":
-        what = f"unknown key {key}; remove it or see docs/recipe.md for the keys there are"
-    elif first["type"] == "missing":
-        what = f"{key} is missing; add it"
-    else:
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error":
-            what = message if not first["loc"] else f"{key}: {message}"
-        else:
-            what = f"{key} = {first['input']!r}: {message}; see docs/recipe.md"
+    key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    what = {
+        "extra_forbidden": f"unknown key {key}; remove it or see docs/recipe.md for the keys there are",
+        "missing": f"{key} is missing; add it",
+        "value_error": f"{key}: {message}" if key else message,
+    }.get(first["type"], f"{key or 'recipe'} = {first['input']!r}: {message}; see docs/recipe.md")
     return what + (f" (and {len(others)} more)" if others else "")
 
 

@@ -47,11 +47,6 @@ class Score:
         return cls(n, correct / n, low, high, unparsed / n, truncated / n)
 
 
-def score_json(score: Score) -> dict[str, Any]:
-    """A Score as JSON."""
-    return asdict(score)
-
-
 def wilson(correct: int, n: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a binomial share (Wilson 1927)."""
     share, z2 = correct / n, Z95 * Z95
@@ -84,68 +79,74 @@ class Gap:
 
 
 Tally = Counter[tuple[str, str, str]]
-"""Counts under (split, subject, `n` | `correct` | `unparsed` | `truncated`); adds up over the parts of a set."""
+"""Counts under (split, subject, what was counted); adds up over the parts of a set. See `tally`."""
 
 
-def tally(rows: Iterable[Row]) -> Tally:
-    """Count the verdicts of attempted rows."""
-    counts: Tally = Counter()
+def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
+    """Count what a stage made in `column` of its rows, `attempt` or `candidates`.
+
+    Per text: `n`, `correct`, `unparsed`, the verdict's reason, `refused REASON`, and its three token counts. Per row: `good`.
+    """
+    counts = Tally()
     for row in rows:
-        verdict = row["attempt"]["verdict"]
-        key = row["split"], row["subject"] or ""
-        counts[*key, "n"] += 1
-        counts[*key, "correct"] += verdict["correct"]
-        counts[*key, "unparsed"] += verdict["reason"] is not None
-        counts[*key, "truncated"] += verdict["reason"] == TRUNCATED
+        found = Counter(good=good(row, column))
+        for text in made(row, column):
+            verdict = text["verdict"]
+            found.update({name: text[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")})
+            found.update(n=1, correct=verdict["correct"])
+            if verdict["reason"]:
+                found.update(["unparsed", verdict["reason"]])
+            if text.get("refused"):
+                found["refused " + text["refused"]] += 1
+        counts.update({(row["split"], row["subject"] or "", what): count for what, count in found.items()})
     return counts
+
+
+def made(row: Row, column: str) -> list[Row]:
+    """The texts a stage made for a row: its `candidates`, or its one `attempt` if it has any."""
+    found: list[Row] | Row = row[column] or []
+    return found if isinstance(found, list) else [found]
+
+
+def good(row: Row, column: str) -> bool:
+    """Whether a row came out well: a candidate was accepted, the attempt was right."""
+    return any(text["refused"] is None if column == "candidates" else text["verdict"]["correct"] for text in made(row, column))
+
+
+def total(counts: Tally, split: str | None = None) -> Counter[str]:
+    """A tally's sums over subjects, of one split or of all."""
+    sums: Counter[str] = Counter()
+    for (of, _, what), count in counts.items():
+        sums[what] += count if split in (of, None) else 0
+    return sums
 
 
 def score(counts: Tally, split: str) -> Score:
     """The score of one split out of a tally."""
-    total: Counter[str] = Counter()
-    for (of, _, what), count in counts.items():
-        total[what] += count if of == split else 0
-    return Score.of(total["n"], total["correct"], total["unparsed"], total["truncated"])
+    sums = total(counts, split)
+    return Score.of(sums["n"], sums["correct"], sums["unparsed"], sums[TRUNCATED])
 
 
 def measured(round: int, show_rows: Sequence[Row], counts: Tally, shared: bool) -> Gap:
     """Δ(k) from the attempted show rows and the tally of show and select. `shared`: show is select, as in the paper."""
     chosen = SHOW if shared else SELECT
-    subjects = sorted({subject for split, subject, _ in counts if split == chosen and subject})
-    return Gap(
-        round=round,
-        shown=tuple(shown_case(row) for row in sorted(show_rows, key=lambda row: row["id"])),
-        select=score(counts, chosen),
-        show=score(counts, SHOW),
-        subjects={
-            subject: {
-                "n": counts[chosen, subject, "n"],
-                "wrong": counts[chosen, subject, "n"] - counts[chosen, subject, "correct"],
-            }
-            for subject in subjects
-        },
-    )
+    asked = {subject: n for (split, subject, what), n in counts.items() if (split, what) == (chosen, "n") and subject}
+    subjects = {subject: {"n": n, "wrong": n - counts[chosen, subject, "correct"]} for subject, n in sorted(asked.items())}
+    shown = tuple(shown_case(row) for row in sorted(show_rows, key=lambda row: row["id"]))
+    return Gap(round, shown, score(counts, chosen), score(counts, SHOW), subjects)
 
 
 def shown_case(row: Row) -> Case:
     """A show row as an example: the teacher answered it once, in round 0; the student's part is its newest attempt."""
-    attempt = row["attempt"]
-    return replace(
-        own_case({**row, "history": (row["history"] or [])[:1]}),
-        student=attempt["text"],
-        student_answer=attempt["verdict"]["answer"],
-        score=attempt["verdict"]["correct"],
-    )
+    first = (row["history"] or [{"rationale": None}])[0]
+    newest = {"attempt": row["attempt"]["text"], "attempt_verdict": row["attempt"]["verdict"]}
+    return own_case({**row, "history": [{**first, **newest}]})
 
 
 def shuffled(cases: Sequence[Case], seed: int) -> tuple[Case, ...]:
     """The control `feedback = "shuffled"`: what students wrote and scored, permuted across questions. All totals stay."""
-    order = random.Random(seed).sample(range(len(cases)), len(cases))
-    parts = [(cases[i].student, cases[i].student_answer, cases[i].score) for i in order]
-    return tuple(
-        replace(case, student=student, student_answer=answer, score=score)
-        for case, (student, answer, score) in zip(cases, parts, strict=True)
-    )
+    pairs = zip(cases, random.Random(seed).sample(list(cases), len(cases)), strict=True)
+    return tuple(replace(case, student=by.student, student_answer=by.student_answer, score=by.score) for case, by in pairs)
 
 
 def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = False) -> str | None:

@@ -1,4 +1,4 @@
-"""The stages that make text: explain(), attempt(), measure(), and accept(), which turns what was explained into lessons.
+"""The stages that make text: explain(), attempt() and measure(), and test() at the end.
 
 Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. A row whose
 generation failed keeps its place with its reason; a copy goes to quarantine. Figures are counted on the written rows, part by
@@ -7,12 +7,10 @@ part, so that the driver never holds rows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +18,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from undo_ray import engines, gap, grading, models, prompts, tasks
-from undo_ray.config import Engine, Recipe, Sampling
-from undo_ray.gap import Gap, row_seed, score_json
+from undo_ray.config import Engine, Recipe, Student, Teacher
+from undo_ray.gap import Gap, row_seed
 from undo_ray.place import Place
 from undo_ray.problems import test_name
-from undo_ray.prompts import Case
-from undo_ray.store import Stage
-from undo_ray.types import ENGINE_ERROR, FORMAT, LESSONS, ROWS, SELECT, SHOW, TRAIN, TRUNCATED, Message, Row, UserError, Verdict
+from undo_ray.prompts import Case, Parse
+from undo_ray.store import Stage, dataset, split_rows
+from undo_ray.types import ENGINE_ERROR, FORMAT, HISTORY, ROWS, SELECT, SHOW, TRAIN, TRUNCATED, Message, Row, UserError, Verdict
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 GENERATIONS = "generations"
 """The column an engine adds and the judge takes away again."""
+
+ROLES = {"teacher": ("rationale", "candidates", "accepted"), "student": ("attempt", "attempt", "right")}
+"""Whose text a stage makes: what its seeds are called, the column it fills, what a good row is called."""
 
 
 # -- the teacher --------------------------------------------------------------------------------------------------------
@@ -45,28 +46,24 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
     """
     import ray
 
-    if recipe.gap.feedback == "none" or out.round == 0:
-        gap_ref = None
-    shown = 0
-    if gap_ref is not None:
-        condition = ray.remote(_conditioned).options(num_returns=2, num_cpus=0.5)
-        gap_ref, shown_ref = condition.remote(gap_ref, recipe, out.round)
-        shown = ray.get(shown_ref)
-    permuted = _permuted(rows, recipe, out.round) if recipe.gap.feedback == "shuffled" and gap_ref is not None else None
-    only_show = out.round == 0 and recipe.round0 != "run"  # the others' rationales are given
-    asked = {SHOW} if only_show else {TRAIN, SHOW} if out.round == 0 else {TRAIN}
-    render = partial(_Explain, gap_ref, permuted, recipe.teacher.template, recipe.gap.feedback, asked)
-    judge = partial(_judge_rationales, k=out.round, recipe=recipe, template=recipe.teacher.template if gap_ref else None)
-    seeds = partial(_seeds, recipe.seed, "rationale", out.round, recipe.teacher.samples)
-    model = partial(models.local, recipe.teacher.model, recipe.seed)
-    _generate(rows, recipe.teacher.engine, model, recipe.teacher.sampling, render, seeds, judge, out)
-    counts = _count(out, _count_rationales)
-    _figures(counts, out, recipe.teacher.engine, "teacher.engine")
-    out.note(shown=shown, refused={key[2:]: n for key, n in sorted(counts.items()) if key.startswith("r:")})
+    k, spec, feedback = out.round, recipe.teacher, recipe.gap.feedback
+    # Where round 0 is given, so are the rationales of its training questions.
+    asked = (TRAIN,) if k else (TRAIN, SHOW) if recipe.round0 == "run" else (SHOW,)
+    render, shown = _solver(asked), 0
+    parse: Parse = prompts.parse_solve
+    if k and feedback != "none":
+        shown_ref = ray.remote(_shown).options(num_cpus=0.5).remote(gap_ref, recipe, k)
+        permuted_ref = _permuted(rows, recipe, k) if feedback == "shuffled" else None
+        render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback)
+        parse, shown = prompts.TEMPLATES[spec.template].parse, len(ray.get(shown_ref))
+    judge = partial(_judge_rationales, k=k, recipe=recipe, parse=parse)
+    totals = gap.total(_generate(rows, recipe, "teacher", spec.model, render, judge, k, out))
+    refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
+    out.note(shown=shown, refused=refused)
 
 
-def _conditioned(delta: Gap, recipe: Recipe, k: int) -> tuple[Gap, int]:
-    """Δ as this round's prompts may show it: after the feedback control, and as many examples as the token budget holds."""
+def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
+    """Δ's examples as this round's prompts show them: after the feedback control, and as many as the token budget holds."""
     from transformers import AutoConfig, AutoTokenizer
 
     cases = gap.shuffled(delta.shown, row_seed(recipe.seed, "shuffle", k)) if recipe.gap.feedback == "shuffled" else delta.shown
@@ -76,40 +73,31 @@ def _conditioned(delta: Gap, recipe: Recipe, k: int) -> tuple[Gap, int]:
     # Beside the examples there must be room for the question's own history and for the answer.
     own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
     budget = min(spec.prompt_tokens, context - own - spec.sampling.max_tokens)
-    template = prompts.TEMPLATES[recipe.teacher.template]
-    while cases:
-        chat = template.render(cases, Case(""), "")
-        if len(tokenizer(chat[0]["content"])["input_ids"]) <= budget:
-            break
+    render = prompts.TEMPLATES[spec.template].render
+    while cases and len(tokenizer(render(cases, Case(""), "")[0]["content"])["input_ids"]) > budget:
         cases = cases[:-1]
-    return replace(delta, shown=tuple(cases)), len(cases)
+    return cases
 
 
 class _Explain:
-    """Row -> the chat that asks the teacher for a rationale."""
+    """Row -> the chat that asks the teacher for a rationale against Δ."""
 
-    def __init__(self, gap_ref: Any, permuted_ref: Any, template: str, feedback: str, asked: set[str]):
+    def __init__(self, shown_ref: Any, permuted_ref: Any, template: str, feedback: str):
         import ray
 
-        self.shown: Sequence[Case] = ray.get(gap_ref).shown if gap_ref is not None else ()
+        self.shown: Sequence[Case] = () if feedback == "history" else ray.get(shown_ref)
         self.permuted: dict[str, list[Row]] = ray.get(permuted_ref) if permuted_ref is not None else {}
-        self.template = prompts.TEMPLATES[template] if gap_ref is not None else None
-        self.feedback, self.asked = feedback, asked
+        self.render, self.feedback = prompts.TEMPLATES[template].render, feedback
 
     def __call__(self, row: Row) -> list[Message] | None:
-        if row["split"] not in self.asked:
+        if row["split"] != TRAIN:
             return None
-        instruction = tasks.get(row["task"]).instruction
-        if self.template is None:
-            return prompts.solve(prompts.question_text(row), instruction)
         own = prompts.own_case({**row, "history": self.permuted.get(row["id"], row["history"])})
-        if self.feedback == "block":
-            own = Case(own.question)
-        return self.template.render(() if self.feedback == "history" else self.shown, own, instruction)
+        own = Case(own.question) if self.feedback == "block" else own
+        return self.render(self.shown, own, tasks.get(row["task"]).instruction)
 
 
-def _judge_rationales(row: Row, generations: list[Row], k: int, recipe: Recipe, template: str | None) -> tuple[Row, bool]:
-    parse = prompts.TEMPLATES[template].parse if template else prompts.parse_solve
+def _judge_rationales(row: Row, generations: list[Row], k: int, recipe: Recipe, parse: Parse) -> Row:
     candidates = []
     for generation in generations:
         diagnosis, rationale, verdict = judge(generation, row, parse)
@@ -117,26 +105,21 @@ def _judge_rationales(row: Row, generations: list[Row], k: int, recipe: Recipe, 
             rationale = (generation["text"] or "").strip() or None
         candidate = {"round": k, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
         candidates.append({**candidate, "refused": gap.refusal(candidate, row["question"], recipe.lessons.keep_wrong)})
-    good = any(candidate["refused"] is None for candidate in candidates)
-    return explained(row, candidates, k, recipe.gap.history), good
+    return explained(row, candidates, k, recipe.gap.history)
 
 
-def judge(
-    generation: Row, row: Row, parse: Callable[[str], tuple[str | None, str | None]]
-) -> tuple[str | None, str | None, dict[str, Any]]:
+def judge(generation: Row, row: Row, parse: Parse) -> tuple[str | None, str | None, dict[str, Any]]:
     """(diagnosis, the text that counts, verdict as a dict) of one generation for the problem in `row`."""
+    diagnosis = text = None
     if generation["engine_error"] is not None:
-        return None, None, _verdict(Verdict(False, None, ENGINE_ERROR))
-    if generation["finish_reason"] != "stop":
-        return None, None, _verdict(Verdict(False, None, TRUNCATED))
-    diagnosis, text = parse(generation["text"])
-    if text is None:
-        return diagnosis, None, _verdict(Verdict(False, None, FORMAT))
-    return diagnosis, text, _verdict(grading.grade(text, row, tasks.get(row["task"]).kind))
-
-
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {"correct": verdict.correct, "answer": verdict.answer, "reason": verdict.reason}
+        verdict = Verdict(False, None, ENGINE_ERROR)
+    elif generation["finish_reason"] != "stop":
+        verdict = Verdict(False, None, TRUNCATED)
+    else:
+        diagnosis, text = parse(generation["text"])
+        kind = tasks.get(row["task"]).kind
+        verdict = Verdict(False, None, FORMAT) if text is None else grading.grade(text, row, kind)
+    return diagnosis, text, asdict(verdict)
 
 
 def explained(row: Row, candidates: list[Row], k: int, keep: int) -> Row:
@@ -148,16 +131,15 @@ def explained(row: Row, candidates: list[Row], k: int, keep: int) -> Row:
         return {**row, "candidates": []}
     accepted = [candidate for candidate in candidates if candidate["refused"] is None]
     chosen = (accepted or candidates)[0]
-    entry = {
-        "round": k,
-        "rationale": chosen["rationale"],
-        "diagnosis": chosen["diagnosis"],
-        "rationale_verdict": chosen["verdict"],
-        "attempt": None,
-        "attempt_verdict": None,
-    }
+    teacher = {"rationale": chosen["rationale"], "diagnosis": chosen["diagnosis"], "rationale_verdict": chosen["verdict"]}
+    history = [*(row["history"] or ()), _entry(k, **teacher)][-keep:]
     lesson = {"round": k, "rationale": chosen["rationale"]} if accepted else row["lesson"]
-    return {**row, "candidates": candidates, "lesson": lesson, "history": [*(row["history"] or ()), entry][-keep:]}
+    return {**row, "candidates": candidates, "lesson": lesson, "history": history}
+
+
+def _entry(k: int, **known: Any) -> Row:
+    """Round k in a question's history; what is not known yet is None."""
+    return {**dict.fromkeys(field.name for field in HISTORY), "round": k, **known}
 
 
 def _permuted(rows: Dataset, recipe: Recipe, k: int) -> Any:
@@ -168,12 +150,8 @@ def _permuted(rows: Dataset, recipe: Recipe, k: int) -> Any:
     import ray
 
     def permute(table_refs: list[Any]) -> dict[str, list[Row]]:
-        histories: dict[str, list[Row]] = {}
-        for table in ray.get(table_refs):
-            for row in pa.table(table).select(["id", "split", "history"]).to_pylist():
-                if row["split"] == TRAIN:
-                    histories[row["id"]] = row["history"]
-        return permuted_histories(histories, row_seed(recipe.seed, "shuffle", k))
+        found = [row for table in ray.get(table_refs) for row in table.to_pylist() if row["split"] == TRAIN]
+        return permuted_histories({row["id"]: row["history"] for row in found}, row_seed(recipe.seed, "shuffle", k))
 
     return ray.remote(permute).options(num_cpus=0.5).remote(rows.select_columns(["id", "split", "history"]).to_arrow_refs())
 
@@ -181,94 +159,14 @@ def _permuted(rows: Dataset, recipe: Recipe, k: int) -> Any:
 def permuted_histories(histories: dict[str, list[Row]], seed: int) -> dict[str, list[Row]]:
     """Permute what students wrote and scored across questions, round by round, so that every round's totals stay."""
     out = {id: [dict(entry) for entry in history or ()] for id, history in sorted(histories.items())}
-    rounds = {entry["round"] for history in out.values() for entry in history}
-    for k in sorted(rounds):
-        entries = [e for history in out.values() for e in history if e["round"] == k and e["attempt_verdict"] is not None]
+    attempted = [entry for history in out.values() for entry in history if entry["attempt_verdict"] is not None]
+    for k in sorted({entry["round"] for entry in attempted}):
+        entries = [entry for entry in attempted if entry["round"] == k]
         pairs = [(entry["attempt"], entry["attempt_verdict"]) for entry in entries]
         random.Random(row_seed(seed, k)).shuffle(pairs)
         for entry, (attempt, verdict) in zip(entries, pairs, strict=True):
-            entry["attempt"], entry["attempt_verdict"] = attempt, verdict
+            entry.update(attempt=attempt, attempt_verdict=verdict)
     return out
-
-
-# -- the lessons --------------------------------------------------------------------------------------------------------
-
-
-def accept(rows: Dataset, earlier: Dataset | None, recipe: Recipe, out: Stage) -> None:
-    """Accepted rationales become chats to train on, without exact duplicates.
-
-    `earlier`: the previous round's lessons, for `lessons.mode = "accumulate"`. Raises UserError with exit code 3 when nothing
-    is left to train on.
-    """
-    if out.round == 0 and recipe.round0.startswith("student:"):
-        return  # nothing is trained in round 0
-    if out.round == 0 and recipe.round0.startswith("lessons:"):
-        chats = _given_lessons(recipe.round0.removeprefix("lessons:"))
-    else:
-        to_lessons = partial(_to_lessons, k=out.round, mode=recipe.lessons.mode)
-        chats = rows.map_batches(to_lessons, batch_format="pyarrow", zero_copy_batch=True)
-    if recipe.lessons.mode == "accumulate" and earlier is not None:
-        chats = earlier.union(chats)
-    chats = chats.materialize()  # asked twice below; about the size of the lessons themselves
-    keys = [
-        (digest, round, id)
-        for batch in chats.map_batches(_digests, batch_format="pyarrow").iter_batches(batch_format="pyarrow")
-        for digest, round, id in zip(*(batch.column(name).to_pylist() for name in ("digest", "round", "id")), strict=True)
-    ]
-    if not keys:
-        raise UserError(
-            f"round {out.round}: no rationale was accepted, so there is nothing to train on; see `refused` in "
-            f"{out.ledger.place.uri}/round-{out.round:02d}/rationales/manifest.json for the reasons",
-            exit_code=3,
-        )
-    first: dict[str, tuple[int, str]] = {}
-    for digest, round, id in sorted(keys):
-        first.setdefault(digest, (round, id))
-    duplicates = {(round, id) for digest, round, id in keys} - set(first.values())
-    out.write(chats.map_batches(partial(_without, dropped=duplicates), batch_format="pyarrow"))
-    out.note(lessons=len(first), duplicates=len(keys) - len(first), keep_wrong=recipe.lessons.keep_wrong)
-
-
-def _given_lessons(path: str) -> Dataset:
-    """Chats of a JSONL or Parquet file with a `messages` column, as lessons of round 0."""
-    import ray.data
-
-    place = Place(path)
-    try:
-        if path.endswith(".parquet"):
-            chats = pq.read_table(place.path, filesystem=place.fs, columns=["messages"]).column("messages").to_pylist()
-        else:
-            chats = [json.loads(line)["messages"] for line in place.read_bytes().decode().split("\n") if line.strip()]
-        rows = [{"id": f"given/{index}", "round": 0, "messages": chat} for index, chat in enumerate(chats)]
-        return ray.data.from_arrow(pa.Table.from_pylist(rows, schema=LESSONS))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"round0 = lessons:{path}: not readable ({str(error).splitlines()[0]}); give JSONL or Parquet with `messages`"
-        ) from None
-
-
-def _to_lessons(table: pa.Table, k: int, mode: str) -> pa.Table:
-    lessons = []
-    for row in table.select(["id", "task", "split", "question", "choices", "lesson"]).to_pylist():
-        lesson = row["lesson"]
-        if row["split"] == TRAIN and lesson and (mode == "latest" or lesson["round"] == k):
-            asked = prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
-            answer = {"role": "assistant", "content": lesson["rationale"]}
-            lessons.append({"id": row["id"], "round": lesson["round"], "messages": [*asked, answer]})
-    return pa.Table.from_pylist(lessons, schema=LESSONS)
-
-
-def _digests(table: pa.Table) -> pa.Table:
-    digests = [
-        hashlib.sha256(repr([message["content"] for message in chat]).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        for chat in table.column("messages").to_pylist()
-    ]
-    return pa.table({"id": table.column("id"), "round": table.column("round"), "digest": pa.array(digests, pa.string())})
-
-
-def _without(table: pa.Table, dropped: set[tuple[int, str]]) -> pa.Table:
-    keys = zip(table.column("round").to_pylist(), table.column("id").to_pylist(), strict=True)
-    return table.filter(pa.array([key not in dropped for key in keys], pa.bool_()))
 
 
 # -- the student --------------------------------------------------------------------------------------------------------
@@ -276,54 +174,46 @@ def _without(table: pa.Table, dropped: set[tuple[int, str]]) -> pa.Table:
 
 def attempt(rows: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
     """Student(k-1) attempts every training question, for the teacher of round k to see. Fills `attempt` and `history`."""
-    _attempt(rows, student, recipe, out, (TRAIN,), out.round - 1)
-    out.note(train=score_json(gap.score(_count(out, partial(_tally, splits=(TRAIN,))), TRAIN)))
+    counts = _attempt(rows, student, recipe, (TRAIN,), out.round - 1, out)
+    out.note(train=asdict(gap.score(counts, TRAIN)))
 
 
 def measure(rows: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
     """Student(k) attempts the show and select questions: the stage's value is Δ(k) as JSON (`Gap.from_json`)."""
-    kept = rows.map_batches(_validation, batch_format="pyarrow", zero_copy_batch=True)
-    _attempt(kept, student, recipe, out, (SHOW, SELECT), out.round)
-    counts = _count(out, partial(_tally, splits=(SHOW, SELECT)))
-    show = out.written().map_batches(partial(_only, split=SHOW), batch_format="pyarrow").take_all()
-    out.value = gap.measured(out.round, show, counts, recipe.data.shared).to_json()
+    from ray.data.expressions import col
+
+    kept = rows.filter(expr=col("split").is_in([SHOW, SELECT]))
+    counts = _attempt(kept, student, recipe, (SHOW, SELECT), out.round, out)
+    out.value = gap.measured(out.round, split_rows(out.files(), SHOW), counts, recipe.data.shared).to_json()
 
 
 def test(problems: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
     """A model's answers to the test questions: the stage's value is {test name: Score as JSON}."""
-    names = tuple(test_name(source) for source in recipe.data.tests)
-    _attempt(problems, student, recipe, out, names, out.round)
-    counts = _count(out, partial(_tally, splits=names))
-    out.value = {name: score_json(gap.score(counts, name)) for name in names}
+    names = [test_name(source) for source in recipe.data.tests]
+    counts = _attempt(problems, student, recipe, names, out.round, out)
+    out.value = {name: asdict(gap.score(counts, name)) for name in names}
 
 
-def _attempt(rows: Dataset, student: str, recipe: Recipe, out: Stage, splits: tuple[str, ...], k: int) -> None:
-    spec = recipe.student
-    render = partial(_Solve, splits)
-    seeds = partial(_seeds, recipe.seed, "attempt", k, 1)
-    judge = partial(_judge_attempt, k=k)
-    model = partial(models.local, student, recipe.seed)
-    _generate(rows, spec.engine, model, spec.sampling, render, seeds, judge, out)
-    _figures(_count(out, partial(_count_attempts, splits=splits)), out, spec.engine, "student.engine")
+def _attempt(rows: Dataset, student: str, recipe: Recipe, splits: Collection[str], k: int, out: Stage) -> gap.Tally:
+    return _generate(rows, recipe, "student", student, _solver(splits), partial(_judge_attempt, k=k), k, out)
 
 
-class _Solve:
+def _solver(splits: Collection[str]) -> Callable[[], engines.Render]:
     """Row -> the plain question, for the splits asked."""
 
-    def __init__(self, splits: tuple[str, ...]):
-        self.splits = splits
-
-    def __call__(self, row: Row) -> list[Message] | None:
-        if row["split"] not in self.splits:
+    def solve(row: Row) -> list[Message] | None:
+        if row["split"] not in splits:
             return None
         return prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
 
+    return lambda: solve
 
-def _judge_attempt(row: Row, generations: list[Row], k: int) -> tuple[Row, bool]:
+
+def _judge_attempt(row: Row, generations: list[Row], k: int) -> Row:
     for generation in generations:
         _, _, verdict = judge(generation, row, prompts.parse_solve)
         row = attempted(row, {"round": k, **generation, "verdict": verdict})
-    return row, bool(generations) and row["attempt"]["verdict"]["correct"]
+    return row
 
 
 def attempted(row: Row, attempt: Row) -> Row:
@@ -334,18 +224,9 @@ def attempted(row: Row, attempt: Row) -> Row:
     history = [dict(entry) for entry in row["history"] or ()]
     if not history or history[-1]["round"] != attempt["round"]:
         # Round 0 was given (`round0`), or this question has no rationale in that round.
-        empty = dict.fromkeys(("rationale", "diagnosis", "rationale_verdict"))
-        history.append({"round": attempt["round"], **empty})
+        history.append(_entry(attempt["round"]))
     history[-1].update(attempt=attempt["text"], attempt_verdict=attempt["verdict"])
     return {**row, "history": history}
-
-
-def _validation(table: pa.Table) -> pa.Table:
-    return table.filter(pa.array([split in (SHOW, SELECT) for split in table.column("split").to_pylist()], pa.bool_()))
-
-
-def _only(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pa.array([found == split for found in table.column("split").to_pylist()], pa.bool_()))
 
 
 # -- shared -------------------------------------------------------------------------------------------------------------
@@ -353,126 +234,76 @@ def _only(table: pa.Table, split: str) -> pa.Table:
 
 def _generate(
     rows: Dataset,
-    engine: Engine,
-    model: Callable[[], str],
-    sampling: Sampling,
+    recipe: Recipe,
+    role: str,
+    model: str,
     render: Callable[[], engines.Render],
-    seeds: Callable[[Row], list[int]],
-    judge: Callable[[Row, list[Row]], tuple[Row, bool]],
+    judge: Callable[[Row, list[Row]], Row],
+    k: int,
     out: Stage,
-) -> None:
-    """rows -> blocks of one batch, so that replicas share the work -> engine -> judge -> committed Parquet."""
+) -> gap.Tally:
+    """rows -> blocks of one batch, so that replicas share the work -> engine -> judge -> Parquet of the stage; its tally."""
+    import ray
+
+    spec: Teacher | Student = getattr(recipe, role)
+    draw, column, well = ROLES[role]
+    seeds = partial(_seeds, recipe.seed, draw, k, getattr(spec, "samples", 1))
     out.progress.total(rows.count())
-    blocks = rows.repartition(target_num_rows_per_block=engine.batch_size)
-    answered = engines.generate(blocks, engine, model, sampling, render, GENERATIONS, seeds)
-    well = "accepted" if out.name == "rationales" else "right"
-    grade = partial(_judge, judge=judge, board=out.progress.board, well=well)
+    blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
+    local = partial(models.local, model, recipe.seed)
+    answered = engines.generate(blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds))
+    grade = partial(_judge, judge=judge, column=column, well=well, board=out.progress.board)
     out.write(answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True))
+    count = ray.remote(_count).options(num_cpus=0.5)
+    counts = sum(ray.get([count.remote(file, column) for file in out.files()]), gap.Tally())
+    _figures(gap.total(counts), out, spec.engine, role)
+    return counts
 
 
-def _judge(table: pa.Table, judge: Callable[[Row, list[Row]], tuple[Row, bool]], board: Any, well: str) -> pa.Table:
-    """Judge a batch row by row (`judge` gives the new row, and whether it came out `well`) and tell the progress board."""
-    rows, asked, good, tokens = [], 0, 0, 0
+def _seeds(seed: int, draw: str, k: int, samples: int, row: Row) -> list[int]:
+    """One seed per sample, from what it is for: independent of batch, replica and order."""
+    return [row_seed(seed, draw, k, row["id"], sample) for sample in range(samples)]
+
+
+def _judge(table: pa.Table, judge: Callable[[Row, list[Row]], Row], column: str, well: str, board: Any) -> pa.Table:
+    """Judge a batch row by row and tell the progress board how many came out `well`."""
+    rows, seen = [], Counter({well: 0})
     for row in table.to_pylist():
         generations = row.pop(GENERATIONS)
-        row, came_out_well = judge(row, generations)
-        rows.append(row)
-        asked += bool(generations)
-        good += came_out_well
-        tokens += sum(generation["completion_tokens"] for generation in generations)
+        rows.append(judge(row, generations))
+        seen.update(done=1, asked=bool(generations), tokens=sum(generation["completion_tokens"] for generation in generations))
+        seen[well] += bool(generations) and gap.good(rows[-1], column)
     if board is not None:
-        board.add.remote(done=len(rows), asked=asked, tokens=tokens, **{well: good})
+        board.add.remote(**seen)
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
-def _seeds(seed: int, what: str, k: int, samples: int, row: Row) -> list[int]:
-    """One seed per sample, from what it is for: independent of batch, replica and order."""
-    return [row_seed(seed, what, k, row["id"], sample) for sample in range(samples)]
+def _count(file: Place, column: str) -> gap.Tally:
+    """The tally of one file of a stage."""
+    batches = pq.ParquetFile(file.path, filesystem=file.fs).iter_batches(1024, columns=["split", "subject", column])
+    return sum((gap.tally(batch.to_pylist(), column) for batch in batches), gap.Tally())
 
 
-def _count(out: Stage, count: Callable[[Iterable[Row]], Counter[Any]]) -> Counter[Any]:
-    """Add up a count over the files the stage wrote, one small task each."""
-    import ray
-
-    part = ray.remote(_count_file).options(num_cpus=0.5)
-    total: Counter[Any] = Counter()
-    for counts in ray.get([part.remote(out.rows / name, count) for name in out.row_files()]):
-        total.update(counts)
-    return total
-
-
-def _count_file(file: Place, count: Callable[[Iterable[Row]], Counter[Any]]) -> Counter[Any]:
-    total: Counter[Any] = Counter()
-    for batch in pq.ParquetFile(file.fs.open_input_file(file.path)).iter_batches(batch_size=1024):
-        total.update(count(batch.to_pylist()))
-    return total
-
-
-def _tally(rows: Iterable[Row], splits: tuple[str, ...]) -> gap.Tally:
-    return gap.tally(row for row in rows if row["split"] in splits)
-
-
-def _count_rationales(rows: Iterable[Row]) -> Counter[str]:
-    """Tokens, outcomes and refusals (`r:reason`) of this round's candidates."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        for candidate in row["candidates"]:
-            _add_generation(counts, candidate)
-            if candidate["refused"]:
-                counts["r:" + candidate["refused"]] += 1
-        if row["candidates"]:
-            counts["accepted"] += any(candidate["refused"] is None for candidate in row["candidates"])
-    return counts
-
-
-def _count_attempts(rows: Iterable[Row], splits: tuple[str, ...]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for row in rows:
-        if row["split"] in splits:
-            _add_generation(counts, row["attempt"])
-            counts["accepted"] += row["attempt"]["verdict"]["correct"]
-    return counts
-
-
-def _add_generation(counts: Counter[str], generation: Row) -> None:
-    counts["n"] += 1
-    for key in ("prompt_tokens", "cached_tokens", "completion_tokens"):
-        counts[key] += generation[key]
-    reason = generation["verdict"]["reason"]
-    counts["errors"] += reason == ENGINE_ERROR
-    counts["unparsed"] += reason is not None
-
-
-def _figures(counts: Counter[str], out: Stage, engine: Engine, key: str) -> None:
+def _figures(totals: Counter[str], out: Stage, engine: Engine, role: str) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
-    out.note(
-        generations=counts["n"],
-        good=counts["accepted"],
-        unparsed=counts["unparsed"],
-        engine_errors=counts["errors"],
-        tokens={name: counts[f"{name}_tokens"] for name in ("prompt", "cached", "completion")},
-        gpus=engine.replicas * engine.resources.gpus,
-    )
-    if not counts["errors"]:
+    failures = totals[ENGINE_ERROR]
+    out.note(generations=totals["n"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
+    tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
+    out.note(tokens=tokens, gpus=engine.replicas * engine.resources.gpus)
+    if not failures:
         return
     place = out.quarantine
     place.remove()
-    place.fs.create_dir(place.path, recursive=True)
-    failed = out.written().map_batches(_failed, batch_format="pyarrow").materialize()
-    failed.write_parquet(place.path, filesystem=place.fs)
-    if counts["errors"] > engine.max_errors * counts["n"]:
-        sample = failed.take(1)[0]
-        errors = [generation["engine_error"] for generation in [*sample["candidates"], sample["attempt"]] if generation]
+    errors = partial(_errors, column=ROLES[role][1])
+    failed = dataset(out.files()).filter(errors).materialize()
+    failed.write_parquet(place.made().path, filesystem=place.fs)
+    if failures > engine.max_errors * totals["n"]:
         raise UserError(
-            f"{out.name}: the engine failed on {counts['errors']} of {counts['n']} generations (limit {key}.max_errors = "
-            f"{engine.max_errors}); the first: {next(filter(None, errors))}; the rows are in {place.uri}",
+            f"{out.name}: the engine failed on {failures} of {totals['n']} generations (limit {role}.engine.max_errors = "
+            f"{engine.max_errors}); the first: {errors(failed.take(1)[0])[0]}; the rows are in {place.uri}",
             exit_code=1,
         )
 
 
-def _failed(table: pa.Table) -> pa.Table:
-    failed = [
-        any(g and g["engine_error"] is not None for g in [*(row["candidates"] or ()), row["attempt"]])
-        for row in table.to_pylist()
-    ]
-    return table.filter(pa.array(failed, pa.bool_()))
+def _errors(row: Row, column: str) -> list[str]:
+    return [generation["engine_error"] for generation in gap.made(row, column) if generation["engine_error"] is not None]

@@ -6,7 +6,6 @@ started within the same second may both believe they hold it; the first commit a
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -18,7 +17,7 @@ import psutil
 import pyarrow.fs as pafs
 
 from undo_ray.place import Place
-from undo_ray.types import UserError, now
+from undo_ray.types import UserError, now, unusable
 
 LEASE_SECONDS = 90
 """A lease not renewed for this long belongs to a dead driver."""
@@ -40,32 +39,25 @@ class Lease:
         """Raises UserError (exit code 4) saying who holds it and since when, or that nothing can be written there."""
         lease = cls(run / "lock.json", uuid.uuid4().hex)
         try:
-            lease._claim()
+            for _ in range(3):
+                if lease._create():
+                    lease._thread.start()
+                    return lease
+                holder = lease._holder()
+                if holder and not _dead(holder):
+                    raise unusable(
+                        f"{lease.place.uri}: held by pid {holder['pid']} on {holder['host']} since {holder['since']}; wait for "
+                        f"it, stop it, or start again {LEASE_SECONDS} s after it died"
+                    )
+                lease.place.remove()
         except OSError as error:
-            raise UserError(
-                f"{run.uri}: cannot be used as a run directory ({str(error).splitlines()[0]}); give one that can be written",
-                exit_code=4,
-            ) from None
-        lease._thread.start()
-        return lease
+            what = f"cannot be used as a run directory ({str(error).splitlines()[0]}); give one that can be written"
+            raise unusable(f"{run.uri}: {what}") from None
+        raise unusable(f"{lease.place.uri}: another driver takes this run directory at the same time; start one")
 
     def _content(self) -> dict[str, Any]:
         me = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
         return {**me, "since": self._since, "renewed": time.time()}
-
-    def _claim(self) -> None:
-        for _ in range(3):
-            if self._create():
-                return
-            holder = self._holder()
-            if holder and not _dead(holder):
-                raise UserError(
-                    f"{self.place.uri}: held by pid {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, "
-                    f"stop it, or start again {LEASE_SECONDS} s after it died",
-                    exit_code=4,
-                )
-            self.place.remove()
-        raise UserError(f"{self.place.uri}: another driver takes this run directory at the same time; start one", exit_code=4)
 
     def _create(self) -> bool:
         """Write the lock unless there is one. On a local disk by a hard link: atomic, and never seen half written."""
@@ -87,17 +79,16 @@ class Lease:
     def _holder(self) -> dict[str, Any] | None:
         """Who holds the lease; None when there is no lock, or one that cannot be a driver's."""
         try:
-            holder = json.loads(self.place.read_bytes())
-        except (FileNotFoundError, ValueError):
+            return self.place.read_json("", valid=lambda found: found.keys() >= _KEYS)
+        except (FileNotFoundError, UserError):
             return None
-        return holder if isinstance(holder, dict) and holder.keys() >= _KEYS else None
 
     def check(self) -> None:
         """Raises UserError when another driver has taken the directory over."""
         holder = self._holder()
         if not holder or holder["token"] != self.token:
             who = f"pid {holder['pid']} on {holder['host']}" if holder else "somebody"
-            raise UserError(f"{self.place.uri}: {who} has taken this run directory over; this driver stops", exit_code=4)
+            raise unusable(f"{self.place.uri}: {who} has taken this run directory over; this driver stops")
 
     def _renew(self) -> None:
         while not self._stop.wait(LEASE_SECONDS / 6):

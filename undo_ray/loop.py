@@ -10,9 +10,11 @@ import ray
 import ray.data
 
 from undo_ray import engines, gap, models, problems, report
-from undo_ray.config import Engine, Recipe
+from undo_ray.config import Placement, Recipe
 from undo_ray.gap import Gap
-from undo_ray.generate import accept, attempt, explain, measure, test
+from undo_ray.generate import attempt, explain, measure, test
+from undo_ray.lessons import accept
+from undo_ray.place import Json
 from undo_ray.progress import Progress
 from undo_ray.store import Run, open_run
 from undo_ray.train import finetune
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-def undo(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
+def undo(recipe: Recipe, run: Run) -> list[Json]:
     """The loop. Returns the rounds' records.
 
     What the paper (arXiv 2504.02521) leaves open, and what is done here:
@@ -55,7 +57,7 @@ def undo(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
     return records
 
 
-def resume(run: Run, asked: Dataset, recipe: Recipe) -> tuple[str, Any, Dataset, Dataset | None, list[dict[str, Any]]]:
+def resume(run: Run, asked: Dataset, recipe: Recipe) -> tuple[str, Any, Dataset, Dataset | None, list[Json]]:
     """(student, Δ ref, rows, lessons, records) after the last finished round; those of a new run where there is none.
 
     An object ref dies with its driver, so Δ is put again.
@@ -69,23 +71,20 @@ def resume(run: Run, asked: Dataset, recipe: Recipe) -> tuple[str, Any, Dataset,
     return last.made("student"), ray.put(delta), last.made("rationales"), last.made("lessons"), records
 
 
-def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
     """Run a recipe to its end, or go on with it, and return its report (see docs/run-directory.md for the schema).
 
     Raises UserError with one line for whatever the person running it can mend; what is committed stays.
     """
     progress = Progress()
-    for key, engine in (("teacher.engine", recipe.teacher.engine), ("student.engine", recipe.student.engine)):
-        engines.check(engine, key)
-    weights = {
-        "teacher.model": models.check(recipe.teacher.model, recipe.seed, "teacher.model"),
-        "student.model": models.check(recipe.student.model, recipe.seed, "student.model"),
-    }
+    refs = {"teacher.model": recipe.teacher.model, "student.model": recipe.student.model}
     if recipe.round0.startswith("student:"):
-        weights["round0"] = models.check(recipe.round0.removeprefix("student:"), recipe.seed, "round0")
+        refs["round0"] = recipe.round0.removeprefix("student:")
+    for role in ("teacher", "student"):
+        engines.check(getattr(recipe, role).engine, f"{role}.engine")
+    weights = {key: models.check(ref, recipe.seed, key) for key, ref in refs.items()}
     with open_run(run_dir, recipe, weights, progress) as held:
-        known = report.finished(held)
-        if known is not None:
+        if known := report.finished(held):
             progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
             return known
         if not held.begun():
@@ -105,12 +104,12 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
 
 def located(recipe: Recipe) -> Recipe:
     """The recipe with model directories as workers find them. The run's identity keeps them as they were written."""
-    parts = {name: getattr(recipe, name) for name in ("teacher", "student")}
-    update = {name: part.model_copy(update={"model": models.located(part.model)}) for name, part in parts.items()}
+    parts = {role: getattr(recipe, role) for role in ("teacher", "student")}
+    update = {role: part.model_copy(update={"model": models.located(part.model)}) for role, part in parts.items()}
     return recipe.model_copy(update=update)
 
 
-def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]], stopped: str) -> dict[str, Any]:
+def finish(recipe: Recipe, run: Run, records: list[Json], stopped: str) -> Json:
     """The tests, read only now, for the base model and every round; then the report."""
     if recipe.data.tests:
         tests = run.tests(recipe)
@@ -124,12 +123,10 @@ def finish(recipe: Recipe, run: Run, records: list[dict[str, Any]], stopped: str
 
 def start_ray(verbose: bool) -> None:
     """Join the cluster RAY_ADDRESS names (a job's environment does), else start one on this machine."""
-    # Logical CPUs: with fewer than four, pipelines on a small machine starve beside Train's controller.
-    own = (
-        {}
-        if os.environ.get("RAY_ADDRESS")
-        else {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
-    )
+    own: Json = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        # Logical CPUs: with fewer than four, pipelines on a small machine starve beside Train's controller.
+        own = {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     level = logging.INFO if verbose else logging.ERROR
     # Else Ray 2.60 warns that hiding GPUs from tasks that ask for none will end; this chooses the coming behaviour now.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -137,9 +134,7 @@ def start_ray(verbose: bool) -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
-    context.use_datasource_v2 = (
-        False  # Ray 2.60: its ListFiles step costs each stage 5 s more on two cores than the first reader
-    )
+    context.use_datasource_v2 = False  # Ray 2.60: it costs each stage 5 s more on two cores than the first reader
     context.execution_options.preserve_order = True  # a stage that is run again makes the same batches
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
@@ -147,19 +142,14 @@ def start_ray(verbose: bool) -> None:
 
 def check_placement(recipe: Recipe) -> None:
     """Raises UserError (exit code 5) when the cluster cannot hold what the recipe asks for at a time."""
-    have = ray.cluster_resources()
-
-    def need(engine: Engine) -> tuple[float, float]:
-        return engine.replicas * engine.resources.cpus + 1, engine.replicas * engine.resources.gpus
-
-    spec = recipe.student
-    asked = {
-        "teacher.engine": need(recipe.teacher.engine),
-        "student.engine": need(recipe.student.engine),
-        "student.workers": (spec.workers * spec.resources.cpus, spec.workers * spec.resources.gpus),
-    }
-    for key, (cpus, gpus) in asked.items():
-        for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
+    have, student = ray.cluster_resources(), recipe.student
+    asked: list[tuple[str, int, Placement, int]] = [  # key, how many, each, CPUs beside them
+        ("teacher.engine", recipe.teacher.engine.replicas, recipe.teacher.engine.resources, 1),
+        ("student.engine", student.engine.replicas, student.engine.resources, 1),
+        ("student.workers", student.workers, student.resources, 0),
+    ]
+    for key, count, each, beside in asked:
+        for kind, wanted in (("CPU", count * each.cpus + beside), ("GPU", count * each.gpus)):
             if wanted > have.get(kind, 0):
                 raise UserError(
                     f"{key}: needs {wanted:g} {kind}s at a time, the cluster has {have.get(kind, 0):g}; lower replicas, "

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
+import pkgutil
 import re
 from pathlib import Path
 
-from undo_ray.place import Place, filesystem
+from undo_ray.place import Place
 from undo_ray.types import UserError
 
 _MADE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -50,22 +50,22 @@ def check(ref: str, seed: int, key: str) -> str:
     not a model or its tokenizer has no chat template.
     """
     try:
-        directory = _hub(ref, _FILES[1:]) if _is_hub(ref) else local(ref, seed)
+        return _fingerprint(ref, seed)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def _fingerprint(ref: str, seed: int) -> str:
+    directory = _hub(ref, _FILES[1:]) if _is_hub(ref) else local(ref, seed)
     fingerprint = os.path.basename(directory) if _is_hub(ref) else _weights_hash(directory)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{key}: {ref}: its tokenizer does not load ({_first_line(error)}); save one beside the weights"
-        ) from None
+        raise UserError(f"{ref}: its tokenizer does not load ({_first_line(error)}); save one beside the weights") from None
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"{key}: {ref}: its tokenizer has no chat template; use an instruct model, or save one with the tokenizer"
-        )
+        raise UserError(f"{ref}: its tokenizer has no chat template; use an instruct model, or save one with the tokenizer")
     return fingerprint
 
 
@@ -87,9 +87,8 @@ def _hub(ref: str, patterns: tuple[str, ...]) -> str:
 
 
 def _make(ref: str, seed: int) -> str:
-    module, _, name = ref.partition(":")
     try:
-        return str(getattr(importlib.import_module(module), name)(seed))
+        return str(pkgutil.resolve_name(ref)(seed))
     except (ImportError, AttributeError) as error:
         raise UserError(f"model {ref}: {error}; write it as package.module:function") from None
 
@@ -102,13 +101,10 @@ def _download(uri: str) -> str:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / ".complete").exists():
-            import pyarrow.fs as pafs
-
-            fs, path = filesystem(uri)
             if not (Place(uri) / "config.json").exists():
                 raise UserError(f"model {uri}: has no config.json; give a directory that transformers can load")
             target.mkdir(exist_ok=True)
-            pafs.copy_files(path, str(target), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+            Place(uri).download(str(target))
             (target / ".complete").touch()
     return str(target)
 
@@ -116,9 +112,8 @@ def _download(uri: str) -> str:
 def _weights_hash(directory: str) -> str:
     """Hash over names, sizes and 64 KiB samples of the model's files: seconds even for hundreds of GB."""
     total = hashlib.sha256()
-    for file in sorted(
-        path for path in Path(directory).iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model"}
-    ):
+    kinds = {".safetensors", ".json", ".jinja", ".model"}
+    for file in sorted(path for path in Path(directory).iterdir() if path.suffix in kinds):
         size = file.stat().st_size
         total.update(f"{file.name}:{size};".encode())
         with file.open("rb") as stream:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from undo_ray.types import UserError
+from undo_ray.types import UserError, unusable
+
+Json = dict[str, Any]
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -34,82 +38,91 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder on some file system; picklable, so that workers can write to it."""
+    """A file or folder on some file system; picklable, so that workers can write to it.
+
+    Opened at first use, once for all places below: on an object store that is one client, not one a call.
+    """
 
     uri: str
+    _above: tuple[Place, str] | None = field(default=None, compare=False, repr=False)
 
     def __truediv__(self, name: str) -> Place:
         base, query, options = self.uri.partition("?")
-        return Place(f"{base.rstrip('/')}/{name}{query}{options}")
+        return Place(f"{base.rstrip('/')}/{name}{query}{options}", (self, name))
 
-    @property
-    def fs(self) -> pafs.FileSystem:
-        return filesystem(self.uri)[0]
+    def __reduce__(self) -> tuple[type[Place], tuple[str]]:
+        return Place, (self.uri,)
 
-    @property
-    def path(self) -> str:
-        return filesystem(self.uri)[1]
+    @cached_property
+    def _opened(self) -> tuple[pafs.FileSystem, str]:
+        if self._above:
+            folder, name = self._above
+            return folder.fs, f"{folder.path.rstrip('/')}/{name}"
+        return filesystem(self.uri)
+
+    fs = property(lambda self: self._opened[0])
+    path = property(lambda self: self._opened[1], doc="As `fs` takes it.")
 
     def exists(self) -> bool:
-        fs, path = filesystem(self.uri)
-        return fs.get_file_info(path).type != pafs.FileType.NotFound
+        return self.fs.get_file_info(self.path).type != pafs.FileType.NotFound
 
     def read_bytes(self) -> bytes:
-        fs, path = filesystem(self.uri)
-        with fs.open_input_stream(path) as stream:
+        with self.fs.open_input_stream(self.path) as stream:
             return stream.read()
 
     def write_bytes(self, data: bytes) -> None:
         """Write whole or not at all as far as the store allows: objects appear when closed, local files by rename."""
-        fs, path = filesystem(self.uri)
-        fs.create_dir(os.path.dirname(path), recursive=True)
-        if isinstance(fs, pafs.LocalFileSystem):
-            part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+        self.fs.create_dir(os.path.dirname(self.path), recursive=True)
+        if isinstance(self.fs, pafs.LocalFileSystem):
+            part = f"{self.path}.{uuid.uuid4().hex[:8]}.part"
             with open(part, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            os.replace(part, self.path)
         else:
-            with fs.open_output_stream(path) as stream:
+            with self.fs.open_output_stream(self.path) as stream:
                 stream.write(data)
 
     def write_json(self, value: Any) -> None:
         self.write_bytes(json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
-    def read_json(self, remedy: str) -> Any:
-        """Raises UserError naming the file when it is not valid JSON."""
+    def read_json(self, remedy: str, what: str = "a JSON object", valid: Callable[[Json], bool] = bool) -> Json:
+        """A JSON object for which `valid` holds. Raises UserError (exit code 4) naming the file when it is not one."""
         try:
-            return json.loads(self.read_bytes())
+            found = json.loads(self.read_bytes())
         except ValueError:
-            raise UserError(f"{self.uri}: not valid JSON; {remedy}", exit_code=4) from None
+            raise unusable(f"{self.uri}: not valid JSON; {remedy}") from None
+        if not isinstance(found, dict) or not valid(found):
+            raise unusable(f"{self.uri}: not {what}; {remedy}")
+        return found
 
-    def files(self) -> list[pafs.FileInfo]:
-        """Every file below, sorted by path."""
-        fs, path = filesystem(self.uri)
-        found = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-        return sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
+    def files(self) -> dict[str, pafs.FileInfo]:
+        """Every file below by its path relative to this folder, in the order of these paths."""
+        found = self.fs.get_file_info(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
+        return dict(sorted((os.path.relpath(info.path, self.path), info) for info in found if info.is_file))
 
     def names(self) -> list[str]:
         """Names of the files and folders right below."""
-        fs, path = filesystem(self.uri)
-        return [info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))]
+        return [info.base_name for info in self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))]
 
-    def leaf(self, info: pafs.FileInfo) -> str:
-        """Path of a file below this folder, relative to it."""
-        return os.path.relpath(info.path, self.path)
+    def made(self) -> Place:
+        """This folder, made where there is none."""
+        self.fs.create_dir(self.path, recursive=True)
+        return self
 
     def remove(self) -> None:
         """Remove the file or folder; nothing happens where there is none."""
-        fs, path = filesystem(self.uri)
-        kind = fs.get_file_info(path).type
+        kind = self.fs.get_file_info(self.path).type
         if kind == pafs.FileType.Directory:
-            fs.delete_dir(path)
+            self.fs.delete_dir(self.path)
         elif kind == pafs.FileType.File:
-            fs.delete_file(path)
+            self.fs.delete_file(self.path)
 
     def upload(self, directory: str) -> None:
         """Copy a local directory here."""
-        fs, path = filesystem(self.uri)
-        fs.create_dir(path, recursive=True)
-        pafs.copy_files(directory, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+        pafs.copy_files(directory, self.made().path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
+
+    def download(self, directory: str) -> None:
+        """Copy this folder to a local directory."""
+        pafs.copy_files(self.path, directory, source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())

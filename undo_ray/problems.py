@@ -9,7 +9,7 @@ from undo_ray import tasks
 from undo_ray.config import Recipe
 from undo_ray.place import Place
 from undo_ray.store import Stage
-from undo_ray.types import ROWS, Row, UserError
+from undo_ray.types import ROWS, SELECT, SHOW, TRAIN, Row, UserError
 
 ROWS_PER_FILE = 10_000
 
@@ -56,12 +56,10 @@ def prepare(recipe: Recipe, out: Stage) -> None:
     """Rows with their role: train, show, select (design: show and select are disjoint, and neither is ever taught)."""
     rows, duplicates = _roles(recipe)
     _write(rows, out)
-    counts = {role: sum(row["split"] == role for row in rows) for role in ("train", "show", "select")}
+    counts = {role: sum(row["split"] == role for row in rows) for role in (TRAIN, SHOW, SELECT)}
     out.note(**counts, duplicates=duplicates)
-    out.progress.say(
-        ", ".join(f"{count} {role}" for role, count in counts.items())
-        + f" questions; {duplicates} removed from training because validation asks the same"
-    )
+    roles = ", ".join(f"{count} {role}" for role, count in counts.items())
+    out.progress.say(f"{roles} questions; {duplicates} removed from training because validation asks the same")
 
 
 def prepare_tests(recipe: Recipe, out: Stage) -> None:
@@ -75,9 +73,8 @@ def test_name(source: str) -> str:
 
 
 def _write(rows: list[Row], out: Stage) -> None:
-    fs, path = out.rows.fs, out.rows.path
-    fs.create_dir(path, recursive=True)
-    empty: Row = {"history": [], "candidates": []}
+    fs, path = out.rows.fs, out.rows.made().path
     for start in range(0, len(rows), ROWS_PER_FILE):
-        table = pa.Table.from_pylist([{**row, **empty} for row in rows[start : start + ROWS_PER_FILE]], schema=ROWS)
+        part: list[Row] = [{**row, "history": [], "candidates": []} for row in rows[start : start + ROWS_PER_FILE]]
+        table = pa.Table.from_pylist(part, schema=ROWS)
         pq.write_table(table, f"{path}/{start // ROWS_PER_FILE:06d}.parquet", filesystem=fs)

@@ -95,30 +95,21 @@ class Progress:
             self._width = len(text)
 
     def _line(self, start: float, final: bool = False) -> str:
-        figures = self._read()
-        seconds = time.monotonic() - start
-        done, asked = figures.get("done", 0), figures.get("asked", 0)
-        parts = []
+        figures, seconds = self._read(), time.monotonic() - start
+        done, asked, tokens = (figures.get(name, 0) for name in ("done", "asked", "tokens"))
         total = figures.get("total", self._total)  # training workers know their own
+        left = f"starting, {seconds:.0f} s"
+        parts = []
         if total and done:
-            if not final:
-                filled = int(20 * min(1.0, done / total))
-                parts.append(f"[{'#' * filled}{'.' * (20 - filled)}]" if self.stream.isatty() else "")
+            bar = f"[{'#' * int(20 * min(1.0, done / total)):.<20}]"
+            parts = [bar] if self.stream.isatty() and not final else []
             parts.append(f"{done:.0f}/{total:.0f}")
-        if done:
-            parts.append(f"{done / seconds:.1f} rows/s")
-        if figures.get("tokens"):
-            parts.append(f"{figures['tokens'] / seconds:,.0f} tokens/s")
+            left = f"{(total - done) * seconds / done:.0f} s to go"
+        parts += [f"{done / seconds:.1f} rows/s"] if done else []
+        parts += [f"{tokens / seconds:,.0f} tokens/s"] if tokens else []
         parts += [f"{figures[well] / asked:.0%} {well}" for well in ("accepted", "right") if asked and well in figures]
-        if "loss" in figures:
-            parts.append(f"loss {figures['loss']:.3f}")
-        if final:
-            parts.append(f"{seconds:.1f} s")
-        elif total and done:
-            parts.append(f"{(total - done) * seconds / done:.0f} s to go")
-        else:
-            parts.append(f"starting, {seconds:.0f} s")
-        return ", ".join(part for part in parts if part)
+        parts += [f"loss {figures['loss']:.3f}"] if "loss" in figures else []
+        return ", ".join([*parts, f"{seconds:.1f} s" if final else left])
 
     def _read(self) -> dict[str, float]:
         if self.board is None:

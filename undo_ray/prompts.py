@@ -21,6 +21,10 @@ NEW_ANSWER = "### new_answer"
 """The heading under which a teacher writes the rationale."""
 
 
+Parse = Callable[[str], tuple[str | None, str | None]]
+"""Model output -> (diagnosis, rationale). A rationale of None is the verdict reason `format`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One scored example as a teacher sees it: a question, what the teacher said, what the student made of it.
@@ -42,8 +46,7 @@ class Template:
 
     render: Callable[[Sequence[Case], Case, str], list[Message]]
     """(shown examples, the question with its own history, the task's instruction) -> chat."""
-    parse: Callable[[str], tuple[str | None, str | None]]
-    """Model output -> (diagnosis, rationale). A rationale of None is the verdict reason `format`."""
+    parse: Parse
 
 
 def question_text(row: Row) -> str:
@@ -96,18 +99,14 @@ _WRITE = (
 
 
 def _output(instruction: str) -> str:
-    return f"Write your analysis first. Then write the line\n{NEW_ANSWER}\nand below it nothing but the new answer." + (
-        f" {instruction}" if instruction else ""
-    )
+    more = f" {instruction}" if instruction else ""
+    return f"Write your analysis first. Then write the line\n{NEW_ANSWER}\nand below it nothing but the new answer.{more}"
 
 
 def _block(case: Case) -> str:
     """One example in the headed layout; parts that are not known are left out."""
-    teacher = (
-        [f"### teacher answer:\n{case.before[-1][1]}"]
-        if len(case.before) == 1
-        else [f"### ITERATION {round} teacher answer:\n{text}" for round, text in case.before]
-    )
+    several = len(case.before) > 1
+    teacher = [f"### {f'ITERATION {round} ' if several else ''}teacher answer:\n{text}" for round, text in case.before]
     scored = [f"### student answer:\n{case.student or ''}", f"### score:\n{int(case.score)}"] if case.score is not None else []
     return "\n".join([f"### question:\n{case.question}", *teacher, *scored])
 

@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
 
 from undo_ray.config import Recipe, digest, leaves
-from undo_ray.gap import Z95, Gap, best, score_json
-from undo_ray.place import Place
+from undo_ray.gap import Z95, Gap, best
+from undo_ray.place import Json, Place
 from undo_ray.problems import test_name
-from undo_ray.store import Run, Step
+from undo_ray.store import Run, Step, split_rows
 from undo_ray.types import UserError
-
-Json = dict[str, Any]
 
 
 def round_figures(step: Step, delta: Gap) -> Json:
     """What the record of a round holds beside its identity: accuracies, lessons, tokens, seconds."""
     stages = step.manifests
     figures = {name: manifest["figures"] for name, manifest in stages.items()}
+    explained, lessons = figures["rationales"], figures["lessons"]
+    answered = [figures[name]["tokens"] for name in ("attempts", "measure") if name in figures]
     return {
-        "validation": score_json(delta.select),
-        "show": score_json(delta.show),
+        "validation": asdict(delta.select),
+        "show": asdict(delta.show),
         "subjects": delta.subjects,
-        "previous_train": figures["attempts"]["train"] if "attempts" in figures else None,
-        "lessons": figures["lessons"].get("lessons", 0),
-        "duplicates": figures["lessons"].get("duplicates", 0),
-        "rationales": figures["rationales"]["generations"],
-        "refused": figures["rationales"]["refused"],
-        "shown": figures["rationales"]["shown"],
-        "teacher_tokens": figures["rationales"]["tokens"],
-        "student_tokens": {
-            name: sum(figures[stage]["tokens"][name] for stage in ("attempts", "measure") if stage in figures)
-            for name in ("prompt", "cached", "completion")
-        },
+        "previous_train": figures.get("attempts", {}).get("train"),
+        **{name: lessons.get(name, 0) for name in ("lessons", "duplicates")},
+        "rationales": explained["generations"],
+        **{name: explained[name] for name in ("refused", "shown")},
+        "teacher_tokens": explained["tokens"],
+        "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],
         "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},
-        "gpu_seconds": {
-            name: round(manifest["seconds"] * manifest["figures"].get("gpus", 0), 3) for name, manifest in stages.items()
-        },
+        "gpu_seconds": {name: round(stages[name]["seconds"] * figures[name].get("gpus", 0), 3) for name in stages},
     }
 
 
@@ -58,19 +51,15 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
     """
     recipe = run.recipe
     rounds = [dict(record, tests={}) for record in records]
+    del rounds[0]["previous_train"]
     for earlier, later in pairwise(rounds):
         # Training questions were just trained on: what exceeds validation there is memory, not skill.
         earlier["train"] = later.pop("previous_train")
         earlier["train_minus_validation"] = earlier["train"]["accuracy"] - earlier["validation"]["accuracy"]
-    for record in rounds:
-        record.pop("previous_train", None)
     chosen = best([record["validation"]["accuracy"] for record in records])
     report: Json = {
         "best_round": chosen,
-        "primary_test": None,
-        "base_test_accuracy": None,
-        "baseline_test_accuracy": None,
-        "final_test_accuracy": None,
+        **dict.fromkeys(["primary_test", "base_test_accuracy", "baseline_test_accuracy", "final_test_accuracy"]),
         "feedback": recipe.gap.feedback,
         "seed": recipe.seed,
         "shared_validation": recipe.data.shared,
@@ -82,8 +71,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
         "goal": _goal(recipe),
     }
     if recipe.data.tests:
-        tests = run.tests(recipe)
-        primary = test_name(recipe.data.tests[0])
+        tests, primary = run.tests(recipe), test_name(recipe.data.tests[0])
         base = tests.made("base")
         for record in rounds:
             record["tests"] = tests.made(f"round-{record['round']:02d}")
@@ -108,11 +96,8 @@ def _goal(recipe: Recipe) -> str:
 def finished(run: Run) -> Json | None:
     """The report of a run that has reached this recipe's goal; None while there is something to do."""
     place = run.place / "report.json"
-    if not place.exists():
-        return None
-    report = place.read_json("move it away and run the same command: it is written again")
-    _check(report, place)
-    return report if report["goal"] == _goal(run.recipe) and report["stopped"] != "no_lessons" else None
+    report = _read(place) if place.exists() else None
+    return report if report and report["goal"] == _goal(run.recipe) and report["stopped"] != "no_lessons" else None
 
 
 def read(run_dir: str) -> Json:
@@ -120,20 +105,20 @@ def read(run_dir: str) -> Json:
     place = Place(run_dir) / "report.json"
     if not place.exists():
         raise UserError(f"{run_dir}: has no report.json; is it a run directory, and has the run finished?")
-    report = place.read_json("move it away and run the recipe again: it is written again")
-    return _check(report, place)
+    return _read(place)
 
 
-def _check(report: Any, place: Place) -> Json:
-    if not isinstance(report, dict) or not {"goal", "stopped", "rounds", "primary_test"} <= report.keys():
-        raise UserError(f"{place.uri}: not a report; move it away and run the recipe again: it is written again", exit_code=4)
-    return report
+def _read(place: Place) -> Json:
+    def valid(found: Json) -> bool:
+        return found.keys() >= {"goal", "stopped", "rounds", "primary_test"}
+
+    return place.read_json("move it away and run the recipe again: it is written again", "a report", valid)
 
 
 def _correct(tests: Step, k: int, name: str) -> dict[str, bool]:
     """id -> right, of round k's student on one test."""
-    rows = tests.rows(f"round-{k:02d}").select_columns(["id", "split", "attempt"])
-    return {row["id"]: row["attempt"]["verdict"]["correct"] for row in rows.iter_rows() if row["split"] == name}
+    rows = split_rows(tests.files(f"round-{k:02d}"), name, ["id", "attempt"])
+    return {row["id"]: row["attempt"]["verdict"]["correct"] for row in rows}
 
 
 def paired(before: dict[str, bool], after: dict[str, bool]) -> Json:
@@ -152,56 +137,52 @@ def paired(before: dict[str, bool], after: dict[str, bool]) -> Json:
 # -- for people ---------------------------------------------------------------------------------------------------------
 
 
+NOTES = {
+    "shared_validation": "validation is shared: the questions that chose the round were in the teacher's prompts",
+    "keep_wrong": "keep_wrong: students were also trained on rationales with wrong or missing answers",
+}
+"""What is said below the table where the report marks it."""
+
+
 def _percent(score: Json) -> str:
-    if not score or score["accuracy"] is None:
+    if score["accuracy"] is None:
         return "-"
     return f"{score['accuracy']:.1%} [{score['low']:.1%}, {score['high']:.1%}] of {score['n']}"
 
 
+def _test(score: Json | None) -> list[str]:
+    return [_percent(score), f"{score['unparsed']:.1%}"] if score else ["-", "-"]
+
+
 def table(report: Json, title: str) -> str:
     """The rounds of a finished run as text."""
-    primary = report["primary_test"]
-    head = [
-        "round",
-        "validation",
-        f"test: {primary}" if primary else "test",
-        "unparsed",
-        "lessons",
-        "teacher tokens",
-        "seconds",
-    ]
-    lines = [head]
+    primary, chosen = report["primary_test"], report["best_round"]
+    test = f"test: {primary}" if primary else "test"
+    lines = [["round", "validation", test, "unparsed", "lessons", "teacher tokens", "seconds"]]
     if primary:
-        base = report["base_tests"][primary]
-        lines.append(["base", "", _percent(base), f"{base['unparsed']:.1%}", "", "", ""])
+        lines.append(["base", "", *_test(report["base_tests"][primary]), "", "", ""])
     for record in report["rounds"]:
-        test = record["tests"].get(primary) if primary else None
-        tokens = record["teacher_tokens"]
+        tokens, k = record["teacher_tokens"], record["round"]
         cached = tokens["cached"] / max(1, tokens["prompt"])
-        mark = " *" if record["round"] == report["best_round"] else ""
         lines.append(
             [
-                f"{record['round']}{mark}",
+                f"{k} *" if k == chosen else f"{k}",
                 _percent(record["validation"]),
-                _percent(test) if test else "-",
-                f"{test['unparsed']:.1%}" if test else "-",
+                *_test(record["tests"].get(primary)),
                 f"{record['lessons']} of {record['rationales']}",
                 f"{tokens['prompt']:,} in ({cached:.0%} cached), {tokens['completion']:,} out",
                 " ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items()),
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     notes = [f"* best round on validation (95 % intervals; feedback: {report['feedback']}; seed {report['seed']})"]
-    if report["shared_validation"]:
-        notes.append("validation is shared: the questions that chose the round were in the teacher's prompts")
-    if report["keep_wrong"]:
-        notes.append("keep_wrong: students were also trained on rationales with wrong or missing answers")
+    notes += [note for key, note in NOTES.items() if report[key]]
     if primary and len(report["rounds"]) > 1:
         gain = report["gain"]
+        points, low, high = (f"{100 * gain[key]:+.1f}" for key in ("gain", "low", "high"))
         notes.append(
-            f"gain of round {report['best_round']} over round 0 on {primary}: {100 * gain['gain']:+.1f} points "
-            f"[{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] (the same {gain['n']} "
-            f"questions: {gain['won']} won, {gain['lost']} lost)"
+            f"gain of round {chosen} over round 0 on {primary}: {points} points [{low}, {high}] "
+            f"(the same {gain['n']} questions: {gain['won']} won, {gain['lost']} lost)"
         )
     return "\n".join([title, "", *rows, "", *notes])

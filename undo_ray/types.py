@@ -49,56 +49,49 @@ class Verdict:
 NO_ANSWER, FORMAT, TRUNCATED, TIMEOUT, ENGINE_ERROR = "no_answer", "format", "truncated", "timeout", "engine_error"
 """Reasons of a verdict that compared nothing."""
 
-VERDICT = pa.struct([("correct", pa.bool_()), ("answer", pa.string()), ("reason", pa.string())])
+INT, TEXT = pa.int64(), pa.string()
+VERDICT = pa.struct([("correct", pa.bool_()), ("answer", TEXT), ("reason", TEXT)])
 
 GENERATION = pa.struct(
     [
-        ("text", pa.string()),
-        ("finish_reason", pa.string()),  # "stop" | "length"; null when the engine failed
-        ("prompt_tokens", pa.int64()),
-        ("cached_tokens", pa.int64()),  # prompt tokens whose keys and values were reused, as the engine counts them
-        ("completion_tokens", pa.int64()),
-        ("engine_error", pa.string()),
+        ("text", TEXT),
+        ("finish_reason", TEXT),  # "stop" | "length"; null when the engine failed
+        ("prompt_tokens", INT),
+        ("cached_tokens", INT),  # prompt tokens whose keys and values were reused, as the engine counts them
+        ("completion_tokens", INT),
+        ("engine_error", TEXT),
     ]
 )
 """One sample from an engine."""
 
 CANDIDATE = pa.struct(
     [
-        ("round", pa.int64()),
+        ("round", INT),
         *GENERATION,
-        ("diagnosis", pa.string()),  # what the teacher said about the student's answer; kept, never trained on
-        ("rationale", pa.string()),  # the part that is graded and trained on; null when the text could not be parsed
+        ("diagnosis", TEXT),  # what the teacher said about the student's answer; kept, never trained on
+        ("rationale", TEXT),  # the part that is graded and trained on; null when the text could not be parsed
         ("verdict", VERDICT),
-        ("refused", pa.string()),  # why it is no lesson (see gap.refusal); null when accepted
+        ("refused", TEXT),  # why it is no lesson (see gap.refusal); null when accepted
     ]
 )
 """One rationale of this round, accepted or not."""
 
-ATTEMPT = pa.struct([("round", pa.int64()), *GENERATION, ("verdict", VERDICT)])
+ATTEMPT = pa.struct([("round", INT), *GENERATION, ("verdict", VERDICT)])
 """What the student of `round` wrote."""
 
-HISTORY = pa.struct(
-    [
-        ("round", pa.int64()),
-        ("rationale", pa.string()),
-        ("diagnosis", pa.string()),
-        ("rationale_verdict", VERDICT),
-        ("attempt", pa.string()),
-        ("attempt_verdict", VERDICT),
-    ]
-)
+_TEACHER_PART = [("rationale", TEXT), ("diagnosis", TEXT), ("rationale_verdict", VERDICT)]
+HISTORY = pa.struct([("round", INT), *_TEACHER_PART, ("attempt", TEXT), ("attempt_verdict", VERDICT)])
 """One round of a question's own past: what the teacher wrote, and what its student then made of the question."""
 
 PROBLEM_FIELDS: dict[str, pa.DataType] = {
-    "id": pa.string(),  # `gsm8k/train/17`: stable and unique in a run, the key of everything
-    "task": pa.string(),  # whose grader judges answers: a name of tasks.TASKS or `package.module:NAME`
-    "split": pa.string(),  # role in the run (train, show, select); of test rows the name of the test
-    "question": pa.string(),
-    "answer": pa.string(),  # the gold answer alone, without its derivation
-    "choices": pa.list_(pa.string()),  # options of a multiple-choice question
-    "subject": pa.string(),  # the benchmark's own category: for error profiles, never in a prompt
-    "level": pa.string(),
+    "id": TEXT,  # `gsm8k/train/17`: stable and unique in a run, the key of everything
+    "task": TEXT,  # whose grader judges answers: a name of tasks.TASKS or `package.module:NAME`
+    "split": TEXT,  # role in the run (train, show, select); of test rows the name of the test
+    "question": TEXT,
+    "answer": TEXT,  # the gold answer alone, without its derivation
+    "choices": pa.list_(TEXT),  # options of a multiple-choice question
+    "subject": TEXT,  # the benchmark's own category: for error profiles, never in a prompt
+    "level": TEXT,
 }
 """A problem: a question whose answer is known."""
 
@@ -108,18 +101,12 @@ ROWS = pa.schema(
         ("history", pa.list_(HISTORY)),  # oldest first
         ("candidates", pa.list_(CANDIDATE)),  # this round's samples
         ("attempt", ATTEMPT),  # the newest attempt of a student
-        ("lesson", pa.struct([("round", pa.int64()), ("rationale", pa.string())])),  # newest accepted rationale
+        ("lesson", pa.struct([("round", INT), ("rationale", TEXT)])),  # newest accepted rationale
     ]
 )
 """The row that travels round the loop."""
 
-LESSONS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("round", pa.int64()),
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-    ]
-)
+LESSONS = pa.schema([("id", TEXT), ("round", INT), ("messages", pa.list_(pa.struct([("role", TEXT), ("content", TEXT)])))])
 """What `accept` writes and `finetune` reads; loadable as it is by TRL, Axolotl, LLaMA-Factory and `datasets`."""
 
 
@@ -131,11 +118,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message, exit_code)
+        super().__init__(message)
         self.exit_code = exit_code
 
-    def __str__(self) -> str:
-        return str(self.args[0])
+
+def unusable(message: str) -> UserError:
+    """The error of a run directory that cannot be used."""
+    return UserError(message, exit_code=4)
 
 
 def now() -> str:

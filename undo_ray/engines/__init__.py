@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,25 +48,28 @@ class Backend(Protocol):
         ...
 
 
-def generate(
-    rows: Dataset,
-    engine: Engine,
-    model: Callable[[], str],
-    sampling: Sampling,
-    render: Callable[[], Render],
-    column: str,
-    seeds: Callable[[Row], list[int]],
-) -> Dataset:
-    """Add `column` to the rows: one generation per seed that `seeds(row)` gives, [] where `render` gives no chat.
+@dataclass(frozen=True)
+class Work:
+    """What a pool is asked to do. `model` and `render` are called once in each replica."""
 
-    `model` and `render` are called once in each replica: a directory on its node, and the function from row to chat.
-    """
-    config = {"engine": engine, "model": model, "sampling": sampling, "render": render, "column": column, "seeds": seeds}
+    engine: Engine
+    model: Callable[[], str]
+    """Gives a directory on the replica's node."""
+    sampling: Sampling
+    render: Callable[[], Render]
+    column: str
+    seeds: Callable[[Row], list[int]]
+    """Of a row: one for each sample."""
+
+
+def generate(rows: Dataset, work: Work) -> Dataset:
+    """Add `work.column` to the rows: one generation per seed of the row, [] where `render` gives no chat."""
     import ray.data
 
+    engine = work.engine
     return rows.map_batches(
         Replica,
-        fn_constructor_kwargs=config,
+        fn_constructor_args=(work,),
         batch_format="pyarrow",
         batch_size=engine.batch_size,
         zero_copy_batch=True,
@@ -79,62 +82,34 @@ def generate(
 class Replica:
     """One engine in the pool: chats to token ids, batches through the backend, token ids to text."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        model: Callable[[], str],
-        sampling: Sampling,
-        render: Callable[[], Render],
-        column: str,
-        seeds: Callable[[Row], list[int]],
-    ):
-        module, _, name = BACKENDS[engine.kind].partition(":")
-        self.backend: Backend = getattr(importlib.import_module(module), name)(model(), engine, sampling)
-        self.sampling, self.render, self.column, self.seeds = sampling, render(), column, seeds
+    def __init__(self, work: Work):
+        backend = pkgutil.resolve_name(BACKENDS[work.engine.kind])
+        self.backend: Backend = backend(work.model(), work.engine, work.sampling)
+        self.work, self.render = work, work.render()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        out: list[list[Row]] = [[] for _ in range(table.num_rows)]
         jobs: list[tuple[int, list[int], int]] = []  # (row, prompt, seed)
         for index, row in enumerate(table.to_pylist()):
-            chat = self.render(row)
-            if chat is None:
-                continue
-            prompt = prompt_ids(self.backend.tokenizer, chat)
-            room = self.backend.context - self.sampling.max_tokens
-            if len(prompt) > room:
-                error = (
-                    f"prompt of {len(prompt)} tokens leaves no room for {self.sampling.max_tokens} of {self.backend.context}"
-                )
-                out[index] = [_generation(len(prompt), error=error) for _ in self.seeds(row)]
-            else:
-                jobs += [(index, prompt, seed) for seed in self.seeds(row)]
-        completions = self.backend.complete([prompt for _, prompt, _ in jobs], [seed for _, _, seed in jobs]) if jobs else []
-        for (index, prompt, _), completion in zip(jobs, completions, strict=True):
-            out[index].append(self._generation(prompt, completion))
-        return table.append_column(self.column, pa.array(out, pa.list_(GENERATION)))
+            if (chat := self.render(row)) is not None:
+                prompt = prompt_ids(self.backend.tokenizer, chat)
+                jobs += [(index, prompt, seed) for seed in self.work.seeds(row)]
+        longest = self.work.sampling.max_tokens
+        fitting = [job for job in jobs if len(job[1]) + longest <= self.backend.context]
+        done = iter(self.backend.complete([job[1] for job in fitting], [job[2] for job in fitting]) if fitting else ())
+        out: list[list[Row]] = [[] for _ in range(table.num_rows)]
+        for index, prompt, _ in jobs:
+            too_long = f"prompt of {len(prompt)} tokens leaves no room for {longest} of {self.backend.context}"
+            completion = next(done) if len(prompt) + longest <= self.backend.context else too_long
+            out[index].append(self._generation(len(prompt), completion))
+        return table.append_column(self.work.column, pa.array(out, pa.list_(GENERATION)))
 
-    def _generation(self, prompt: list[int], completion: Completion | str) -> Row:
+    def _generation(self, prompt_tokens: int, completion: Completion | str) -> Row:
+        counts = {"prompt_tokens": prompt_tokens, "cached_tokens": 0, "completion_tokens": 0}
         if isinstance(completion, str):
-            return _generation(len(prompt), error=completion)
+            return {"text": None, "finish_reason": None, **counts, "engine_error": completion}
         text = self.backend.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        return {
-            **_generation(len(prompt)),
-            "text": text,
-            "finish_reason": completion.finish_reason,
-            "cached_tokens": completion.cached_tokens,
-            "completion_tokens": len(completion.token_ids),
-        }
-
-
-def _generation(prompt_tokens: int, error: str | None = None) -> Row:
-    return {
-        "text": None,
-        "finish_reason": None,
-        "prompt_tokens": prompt_tokens,
-        "cached_tokens": 0,
-        "completion_tokens": 0,
-        "engine_error": error,
-    }
+        counts |= {"cached_tokens": completion.cached_tokens, "completion_tokens": len(completion.token_ids)}
+        return {"text": text, "finish_reason": completion.finish_reason, **counts, "engine_error": None}
 
 
 def prompt_ids(tokenizer: Any, chat: list[Message]) -> list[int]:

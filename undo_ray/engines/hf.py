@@ -22,18 +22,16 @@ class Transformers:
         torch.set_num_threads(max(1, int(engine.resources.cpus)))
         self.device = "cuda" if engine.resources.gpus else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, engine.dtype)).to(self.device)
-        self.model.eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, engine.dtype))
+        self.model = model.to(self.device).eval()
         self.context = engine.context or self.model.config.max_position_embeddings
         ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
-        greedy = sampling.temperature == 0
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
         self.config = GenerationConfig(
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else 0,
+            do_sample=bool(sampled),
+            **sampled,
             max_new_tokens=sampling.max_tokens,
             eos_token_id=sorted(self.ends),
             pad_token_id=self.pad,
@@ -76,17 +74,15 @@ class Transformers:
         return [self._completion(row, shared) for row in output[:, width:].tolist()]
 
     def _completion(self, tokens: list[int], cached: int) -> Completion:
-        for index, token in enumerate(tokens):
-            if token in self.ends:
-                return Completion(tokens[: index + 1], "stop", cached)
-        return Completion(tokens, "length", cached)
+        end = next((index for index, token in enumerate(tokens) if token in self.ends), None)
+        return Completion(tokens, "length", cached) if end is None else Completion(tokens[: end + 1], "stop", cached)
 
     def _shared(self, prompts: Sequence[list[int]]) -> int:
         """Length of the prefix all prompts share (0 when too short to pay), its keys and values ready in `prefix_cache`."""
         first, last = min(prompts), max(prompts)  # in sorted order: what these two share, all share
         length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
         # The last token of each prompt must go through the model for its logits.
-        length = min(length, min(len(prompt) for prompt in prompts) - 1)
+        length = min(length, min(map(len, prompts)) - 1)
         if length < MIN_SHARED:
             return 0
         if prompts[0][:length] == self.prefix:  # exactly: what is counted as cached must not depend on earlier batches

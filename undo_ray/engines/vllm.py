@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from undo_ray.config import Engine, Sampling
@@ -30,30 +31,20 @@ class VLLM:
         self.llm = LLM(directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
         self.tokenizer = self.llm.get_tokenizer()
         self.context = self.llm.llm_engine.model_config.max_model_len
-        self.params = SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, detokenize=False
-        )
-        self.warm = False
+        self.params = partial(SamplingParams, temperature=sampling.temperature, top_p=sampling.top_p, detokenize=False)
+        self.max_tokens, self.warm = sampling.max_tokens, False
 
     def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
         from vllm import TokensPrompt
 
+        asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         if not self.warm and len(prompts) > 1:
             # Rows that start together on a cold cache all miss it: compute the shared prefix once, then let them flow.
-            once = self.params.clone()
-            once.max_tokens = 1
-            self.llm.generate([TokensPrompt(prompt_token_ids=prompts[0])], [once], use_tqdm=False)
+            self.llm.generate(asked[:1], self.params(max_tokens=1), use_tqdm=False)
             self.warm = True
-        params = []
-        for seed in seeds:
-            own = self.params.clone()
-            own.seed = seed
-            params.append(own)
-        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False)
-        return [
-            Completion(list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason), output.num_cached_tokens or 0)
-            for output in outputs
-        ]
+        params = [self.params(max_tokens=self.max_tokens, seed=seed) for seed in seeds]
+        done = [(out.outputs[0], out.num_cached_tokens) for out in self.llm.generate(asked, params, use_tqdm=False)]
+        return [Completion(list(best.token_ids), str(best.finish_reason), cached or 0) for best, cached in done]
 
 
 def _cpu_options(context: int | None) -> dict[str, Any]:
