@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from undo_ray import gap, generate, prompts
+from undo_ray.grading.pool import shared
 from undo_ray.lessons import _to_lessons
 from undo_ray.types import ROWS
 
@@ -39,7 +40,26 @@ def verdict(correct: bool, answer: str | None = None, reason: str | None = None)
     return {"correct": correct, "answer": answer, "reason": reason}
 
 
-# -- judge --------------------------------------------------------------------------------------------------------------
+# -- judged -------------------------------------------------------------------------------------------------------------
+
+
+def judge(given: dict[str, Any], parse: Any) -> Any:
+    [found] = generate.judged([(ROW, given)], parse, shared(5.0, 1.0))
+    return found
+
+
+def test_verdicts_stay_with_their_generations() -> None:
+    texts = ["#### 6", None, "#### 5", "<think>", "#### 7", "#### 6"]
+    given = [(ROW, generation(text, "stop", None if text else "broken")) for text in texts]
+    found = generate.judged(given, prompts.parse_solve, shared(5.0, 1.0))
+    assert [(verdict["answer"], verdict["reason"]) for _, _, verdict in found] == [
+        ("6", None),
+        (None, "engine_error"),
+        ("5", None),
+        (None, "format"),
+        ("7", None),
+        ("6", None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,21 +78,17 @@ def verdict(correct: bool, answer: str | None = None, reason: str | None = None)
     ],
 )
 def test_a_generation_is_judged_by_its_rows_own_task(given: Any, diagnosis: Any, text: Any, expected: Any) -> None:
-    assert generate.judge(given, ROW, prompts.parse_solve) == (diagnosis, text, expected)
+    assert judge(given, prompts.parse_solve) == (diagnosis, text, expected)
 
 
 def test_an_answer_in_the_diagnosis_is_not_graded() -> None:
     given = generation("The right answer is #### 6\n### new_answer\n3 + 2 = 5\n#### 5")
-    assert generate.judge(given, ROW, prompts.parse_new_answer) == (
-        "The right answer is #### 6",
-        "3 + 2 = 5\n#### 5",
-        verdict(False, "5"),
-    )
+    assert judge(given, prompts.parse_new_answer) == ("The right answer is #### 6", "3 + 2 = 5\n#### 5", verdict(False, "5"))
 
 
 def test_without_its_heading_a_new_answer_is_kept_as_diagnosis_and_not_graded() -> None:
     given = generation("3 x 2 = 6\n#### 6")
-    assert generate.judge(given, ROW, prompts.parse_new_answer) == ("3 x 2 = 6\n#### 6", None, verdict(False, None, "format"))
+    assert judge(given, prompts.parse_new_answer) == ("3 x 2 = 6\n#### 6", None, verdict(False, None, "format"))
 
 
 # -- explained ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `undo-ray run`, `undo-ray show`, `undo-ray mini train-teacher`.
+"""The command line: `undo-ray run`, `undo-ray show`, `undo-ray grade`, `undo-ray mini train-teacher`.
 
 Nothing heavy is imported before the arguments and the recipe are known to be good.
 """
@@ -44,6 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("run_dir", nargs="+", help="run directories")
     show.set_defaults(do=_show)
 
+    grade = commands.add_parser("grade", help="grade recorded responses, and compare with recorded verdicts")
+    grade.add_argument("file", help="JSONL with `gold` (or `question_id`) and `response`, one row a line")
+    grade.add_argument("--task", required=True, help="whose rule: gsm8k, math, mmlu_pro... or package.module:NAME")
+    grade.add_argument(
+        "--data", metavar="DIR", help="folder with the benchmarks: rows with a question_id find their options there"
+    )
+    grade.add_argument("--json", action="store_true", help="print the summary as JSON")
+    grade.add_argument(
+        "--show-disagreements", metavar="K", type=int, default=0, help="print K rows judged otherwise than recorded"
+    )
+    grade.set_defaults(do=_grade)
+
     mini = commands.add_parser("mini", help="the miniature world").add_subparsers(required=True, metavar="COMMAND")
     teacher = mini.add_parser("train-teacher", help="rebuild the small teacher from a seed and print its figures")
     teacher.add_argument("--seed", type=int, default=0)
@@ -83,6 +95,20 @@ def _show(options: argparse.Namespace) -> None:
     from undo_ray import report
 
     print("\n".join(report.table(report.read(path), title=f"\n{path}") for path in options.run_dir))
+
+
+def _grade(options: argparse.Namespace) -> int:
+    import json
+
+    from undo_ray import regrade
+
+    summary, disagreements = regrade.regrade(options.task, options.file, options.data)
+    shown = disagreements[: options.show_disagreements]
+    if options.json:
+        print(json.dumps({**summary, **({"disagreements": shown} if options.show_disagreements else {})}, indent=2))
+    else:
+        print(regrade.table(summary, shown))
+    return 0
 
 
 def _train_teacher(options: argparse.Namespace) -> None:

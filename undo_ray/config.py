@@ -207,6 +207,15 @@ class Gap(_Section):
     """most recent rounds of a question's own past kept in its row and its prompt"""
 
 
+class Grading(_Section):
+    """Bounds on the judging of one answer, in processes that can be killed; an answer past one of them is a `timeout`."""
+
+    deadline: float = Field(5.0, gt=0)
+    """seconds; longer, up to four times as long, on a machine that gives the grader less than a fifth of them"""
+    memory: float = Field(1.0, ge=0.5)
+    """GiB of address space"""
+
+
 class Stop(_Section):
     """When to stop: validation (select) accuracy no longer rises."""
 
@@ -230,6 +239,7 @@ class Recipe(_Section):
     student: Student
     lessons: Lessons = Lessons()
     gap: Gap = Gap()
+    grading: Grading = Grading()
     stop: Extendable[Stop] = Stop()
 
     @model_validator(mode="after")

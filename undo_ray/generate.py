@@ -12,14 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from undo_ray import engines, gap, grading, models, prompts, tasks
-from undo_ray.config import Engine, Recipe, Student, Teacher
+from undo_ray import engines, gap, models, prompts, tasks
+from undo_ray.config import Engine, Grading, Recipe, Student, Teacher
 from undo_ray.gap import Gap, row_seed
+from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
 from undo_ray.problems import test_name
 from undo_ray.prompts import Case, Parse
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 GENERATIONS = "generations"
 """The column an engine adds and the judge takes away again."""
+
+Judged = tuple[str | None, str | None, dict[str, Any]]
+"""(diagnosis, the text that counts, verdict as a dict) of one generation."""
 
 ROLES = {"teacher": ("rationale", "candidates", "accepted"), "student": ("attempt", "attempt", "right")}
 """Whose text a stage makes: what its seeds are called, the column it fills, what a good row is called."""
@@ -56,8 +61,8 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
         permuted_ref = _permuted(rows, recipe, k) if feedback == "shuffled" else None
         render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback)
         parse, shown = prompts.TEMPLATES[spec.template].parse, len(ray.get(shown_ref))
-    judge = partial(_judge_rationales, k=k, recipe=recipe, parse=parse)
-    totals = gap.total(_generate(rows, recipe, "teacher", spec.model, render, judge, k, out))
+    judge = partial(_judge_rationales, k=k, recipe=recipe)
+    totals = gap.total(_generate(rows, recipe, "teacher", spec.model, render, parse, judge, k, out))
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
     out.note(shown=shown, refused=refused)
 
@@ -97,29 +102,14 @@ class _Explain:
         return self.render(self.shown, own, tasks.get(row["task"]).instruction)
 
 
-def _judge_rationales(row: Row, generations: list[Row], k: int, recipe: Recipe, parse: Parse) -> Row:
+def _judge_rationales(row: Row, generations: list[Row], judged: list[Judged], k: int, recipe: Recipe) -> Row:
     candidates = []
-    for generation in generations:
-        diagnosis, rationale, verdict = judge(generation, row, parse)
+    for generation, (diagnosis, rationale, verdict) in zip(generations, judged, strict=True):
         if rationale is None and recipe.lessons.keep_wrong:
             rationale = (generation["text"] or "").strip() or None
         candidate = {"round": k, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
         candidates.append({**candidate, "refused": gap.refusal(candidate, row["question"], recipe.lessons.keep_wrong)})
     return explained(row, candidates, k, recipe.gap.history)
-
-
-def judge(generation: Row, row: Row, parse: Parse) -> tuple[str | None, str | None, dict[str, Any]]:
-    """(diagnosis, the text that counts, verdict as a dict) of one generation for the problem in `row`."""
-    diagnosis = text = None
-    if generation["engine_error"] is not None:
-        verdict = Verdict(False, None, ENGINE_ERROR)
-    elif generation["finish_reason"] != "stop":
-        verdict = Verdict(False, None, TRUNCATED)
-    else:
-        diagnosis, text = parse(generation["text"])
-        kind = tasks.get(row["task"]).kind
-        verdict = Verdict(False, None, FORMAT) if text is None else grading.grade(text, row, kind)
-    return diagnosis, text, asdict(verdict)
 
 
 def explained(row: Row, candidates: list[Row], k: int, keep: int) -> Row:
@@ -195,7 +185,8 @@ def test(problems: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
 
 
 def _attempt(rows: Dataset, student: str, recipe: Recipe, splits: Collection[str], k: int, out: Stage) -> gap.Tally:
-    return _generate(rows, recipe, "student", student, _solver(splits), partial(_judge_attempt, k=k), k, out)
+    judge = partial(_judge_attempt, k=k)
+    return _generate(rows, recipe, "student", student, _solver(splits), prompts.parse_solve, judge, k, out)
 
 
 def _solver(splits: Collection[str]) -> Callable[[], engines.Render]:
@@ -209,9 +200,8 @@ def _solver(splits: Collection[str]) -> Callable[[], engines.Render]:
     return lambda: solve
 
 
-def _judge_attempt(row: Row, generations: list[Row], k: int) -> Row:
-    for generation in generations:
-        _, _, verdict = judge(generation, row, prompts.parse_solve)
+def _judge_attempt(row: Row, generations: list[Row], judged: list[Judged], k: int) -> Row:
+    for generation, (_, _, verdict) in zip(generations, judged, strict=True):
         row = attempted(row, {"round": k, **generation, "verdict": verdict})
     return row
 
@@ -238,7 +228,8 @@ def _generate(
     role: str,
     model: str,
     render: Callable[[], engines.Render],
-    judge: Callable[[Row, list[Row]], Row],
+    parse: Parse,
+    judge: Callable[[Row, list[Row], list[Judged]], Row],
     k: int,
     out: Stage,
 ) -> gap.Tally:
@@ -252,7 +243,7 @@ def _generate(
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(models.local, model, recipe.seed)
     answered = engines.generate(blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds))
-    grade = partial(_judge, judge=judge, column=column, well=well, board=out.progress.board)
+    grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
     out.write(answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True))
     count = ray.remote(_count).options(num_cpus=0.5)
     counts = sum(ray.get([count.remote(file, column) for file in out.files()]), gap.Tally())
@@ -265,12 +256,39 @@ def _seeds(seed: int, draw: str, k: int, samples: int, row: Row) -> list[int]:
     return [row_seed(seed, draw, k, row["id"], sample) for sample in range(samples)]
 
 
-def _judge(table: pa.Table, judge: Callable[[Row, list[Row]], Row], column: str, well: str, board: Any) -> pa.Table:
-    """Judge a batch row by row and tell the progress board how many came out `well`."""
+def judged(generations: Sequence[tuple[Row, Row]], parse: Parse, pool: Pool) -> list[Judged]:
+    """What each generation is worth, given as (problem row, generation)."""
+    found: list[tuple[str | None, str | None, Verdict | None]] = []
+    jobs: list[Job] = []
+    for row, generation in generations:
+        if generation["engine_error"] is not None:
+            found.append((None, None, Verdict(False, None, ENGINE_ERROR)))
+        elif generation["finish_reason"] != "stop":
+            found.append((None, None, Verdict(False, None, TRUNCATED)))
+        else:
+            diagnosis, text = parse(generation["text"])
+            found.append((diagnosis, text, Verdict(False, None, FORMAT) if text is None else None))
+            jobs += [(text, row, tasks.get(row["task"]).kind)] if text is not None else []
+    verdicts = iter(pool.grade(jobs))
+    return [(diagnosis, text, asdict(verdict or next(verdicts))) for diagnosis, text, verdict in found]
+
+
+def _judge(
+    table: pa.Table,
+    parse: Parse,
+    judge: Callable[[Row, list[Row], list[Judged]], Row],
+    column: str,
+    well: str,
+    limits: Grading,
+    board: Any,
+) -> pa.Table:
+    """Grade a batch, have each row take its verdicts, and tell the progress board how many came out `well`."""
+    asked = [(row, row.pop(GENERATIONS)) for row in table.to_pylist()]
+    pairs = [(row, generation) for row, generations in asked for generation in generations]
+    verdicts = iter(judged(pairs, parse, shared(limits.deadline, limits.memory)))
     rows, seen = [], Counter({well: 0})
-    for row in table.to_pylist():
-        generations = row.pop(GENERATIONS)
-        rows.append(judge(row, generations))
+    for row, generations in asked:
+        rows.append(judge(row, generations, list(islice(verdicts, len(generations)))))
         seen.update(done=1, asked=bool(generations), tokens=sum(generation["completion_tokens"] for generation in generations))
         seen[well] += bool(generations) and gap.good(rows[-1], column)
     if board is not None:

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
+from undo_ray.grading import grader
 from undo_ray.types import TIMEOUT, UserError, Verdict
 
 Job = tuple[str, Mapping[str, Any], str]
@@ -82,6 +83,7 @@ class Pool:
         """
         with self._lock:
             for kind in sorted({kind for _, _, kind in jobs}):
+                grader(kind)  # an unknown one raises here
                 if self._source.warm(kind):
                     while self._idle:  # forked before the kind was there
                         self._idle.pop().kill()

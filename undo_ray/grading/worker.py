@@ -61,7 +61,10 @@ def main(control: socket.socket) -> None:
         if not order:
             return
         if not sockets:
-            grading.warm(order.decode())
+            try:
+                grading.warm(order.decode())
+            except ImportError:
+                pass  # each answer will say so
             control.sendall(struct.pack("!i", 0))
             continue
         pid = os.fork()
