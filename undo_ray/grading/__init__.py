@@ -12,7 +12,12 @@ from typing import Any
 from undo_ray.grading import choice, number, theoremqa, yes_no
 from undo_ray.types import UserError, Verdict
 
-KINDS: dict[str, Callable[[str, Mapping[str, Any]], Verdict]] = {"choice": choice.grade, "number": number.grade, "theoremqa": theoremqa.grade, "yes_no": yes_no.grade}
+KINDS: dict[str, Callable[[str, Mapping[str, Any]], Verdict]] = {
+    "choice": choice.grade,
+    "number": number.grade,
+    "theoremqa": theoremqa.grade,
+    "yes_no": yes_no.grade,
+}
 """Answer kind -> grader. A literal, so that it is the same on every Ray worker."""
 
 

@@ -37,9 +37,13 @@ _LETTER: Final = re.compile(
     # A bare A or I before a word is English ("I think"); a letter before an operator is a formula ("E = mc^2").
     rf"(?:[B-HJ-Z]|[AI](?!\s(?!{_FOLLOWS})[a-z]))(?![\w'’]|-\w|\s?[=^/+])|[a-z](?=\s?[)}}\]])"
 )
+_BARE: Final = re.compile("[a-z]?")
+"""An option whose text is a letter (or nothing) is not stated by it: "The answer is B" names the second one."""
+_PART: Final = re.compile(r"(?<![\w)])\(?(?:[a-z]|i{1,3}|iv)\)")
+"""Further on behind a small letter: the answer has parts, a) and b)."""
 _LAST_LINE: Final = re.compile(r"(?:^|\n)[\s*_(\[$\\{>]{0,12}(?=[A-Z][\s*_)\]$\\}.]{0,12}\Z)")
-_DRESS: Final = re.compile(r"\\(?:text|mathrm|textbf|mathbf|left|right)(?![a-z])|\\[()\[\],!;]|[$*_\\{}\"“”'’]")
-_ENDS: Final = re.compile(rf"[\s)\]]{{0,3}}(?:\Z|[.;:!?](?=\s|\Z)|,(?=\s)|\(|\n|\s{_FOLLOWS})")
+_DRESS: Final = re.compile(r"\\(?:text|mathrm|textbf|mathbf|left|right)(?![a-z])|\\[()\[\],!;]|[$*_\\{}\"“”]")
+_ENDS: Final = re.compile(rf"[\s)\]'’]{{0,3}}(?:\Z|[.;:!?](?=\s|\Z)|,(?=\s)|\(|\n|\s{_FOLLOWS})")
 
 
 def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
@@ -53,7 +57,7 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
     gold = str(problem["answer"]).strip().upper()
     if len(gold) != 1 or gold not in letters:
         shown = str(problem["answer"])[:80]
-        raise UserError(f"problem {problem.get('id')}: answer {shown!r} is not a letter from A to {letters[-1]}; correct the row")
+        raise UserError(f"problem {problem.get('id')}: answer {shown!r} is no letter from A to {letters[-1]}; correct it")
     found = _find(text, letters, options)
     if found is None:
         return Verdict(correct=False, answer=None, reason=NO_ANSWER)
@@ -63,7 +67,8 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
 
 def _find(text: str, letters: str, options: list[str]) -> tuple[str, str | None] | None:
     def read(fragment: str) -> tuple[str, str] | None:
-        return letter(fragment, letters) or _option(fragment, letters, options)
+        # The text first: "I and II" and "(a) 5 V, (b) 3 V" are options of their own.
+        return _option(fragment, letters, options) or letter(fragment, letters)
 
     def bare(fragment: str) -> tuple[str, str] | None:
         return letter(fragment, letters)
@@ -78,9 +83,12 @@ def _find(text: str, letters: str, options: list[str]) -> tuple[str, str | None]
 
 def letter(fragment: str, letters: str) -> tuple[str, str] | None:
     """The letter a fragment opens with, twice: as written and in upper case. Small letters count in brackets alone."""
-    match = _LETTER.match(statements.undressed(fragment))
-    at = match.group().upper() if match else ""
-    return (match.group(), at) if match and at in letters else None
+    fragment = statements.undressed(fragment)
+    match = _LETTER.match(fragment)
+    if not match or (match.group().islower() and _PART.search(fragment, match.end() + 1)):
+        return None
+    at = match.group().upper()
+    return (match.group(), at) if at in letters else None
 
 
 def _option(fragment: str, letters: str, options: list[str]) -> tuple[str, str] | None:
@@ -89,11 +97,11 @@ def _option(fragment: str, letters: str, options: list[str]) -> tuple[str, str] 
     matches = [
         (plain, at)
         for at, option in zip(letters, options, strict=False)
-        if (plain := _plain(option)) and said.startswith(plain) and _ENDS.match(said, len(plain))
+        if said.startswith(plain := _plain(option)) and not _BARE.fullmatch(plain) and _ENDS.match(said, len(plain))
     ]
     longest = [match for match in matches if len(match[0]) == max(len(plain) for plain, _ in matches)]
     return longest[0] if len(longest) == 1 else None
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[ \t]+", " ", _DRESS.sub("", text)).strip(" \t\n:=.").casefold()
+    return re.sub(r"[ \t]+", " ", _DRESS.sub("", text)).strip(" \t\n:='‘’").rstrip(".").casefold()

@@ -1,7 +1,9 @@
 r"""Answers of TheoremQA: an integer, a float, a list of either, true or false, or the letter of an option.
 
-Which statement counts: the last readable one before the text opens a new problem (see `statements`). Without a statement, the
-last word of truth for a bool, the last number of the text for a number (`utils.py` of TIGER-AI-Lab/TheoremQA, `answer_clean`).
+Which statement counts: the last readable one before the text opens a new problem (see `statements`); of a text caught in a
+loop, which says its answer over and over, the last one of its first paragraph. Without a statement there, the last word of
+truth for a bool, the last number for a number. Both are the rule of TIGER-AI-Lab/TheoremQA (`utils.py`, `answer_clean`), which
+takes any second statement for a loop; but a worked solution may well state its answer twice.
 
 What counts as equal, by the type (same file, `compare_two_numbers`, `compare_two_list`): an integer, when rounding gives it; a
 float, within 4 % of the gold (so 0.0 is 0 alone); lists, the same length and equal element by element in ascending order;
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -25,8 +27,12 @@ from undo_ray.types import FORMAT, NO_ANSWER, UserError, Verdict
 
 TOLERANCE: Final = 0.04
 """Of a float, relative to the gold."""
+LOOP: Final = 3
+"""The same statement more often than this is a loop. Between 2 and 9 the verdicts on recorded answers hardly depend on it."""
 MAX_DEPTH: Final = 20
 """Nested brackets, signs and powers of an expression."""
+
+_SAID: Final = re.compile(r"[Tt]he answer is[^\n]{0,60}")
 
 Value = bool | str | float | list[float]
 
@@ -43,7 +49,8 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
     wanted = read(gold) if read else None
     if read is None or wanted is None:
         raise UserError(f"problem {problem.get('id')}: answer {gold[:80]!r} is no {kind}; correct or drop the row")
-    found = statements.answer(text, read) or _unstated(statements.own(text), kind)
+    text = _own(text)
+    found = statements.answer(text, read) or _unstated(text, kind)
     if found is None:
         return Verdict(correct=False, answer=None, reason=NO_ANSWER)
     said, value = found
@@ -59,6 +66,12 @@ def _kind(gold: str) -> str:
     if gold.lower() in ("true", "false"):
         return "bool"
     return "integer" if re.fullmatch(r"[-+]?\d+", gold) else "float"
+
+
+def _own(text: str) -> str:
+    text = statements.own(text)
+    said = Counter(_SAID.findall(text))
+    return text.strip("\n").partition("\n\n")[0] if said and max(said.values()) > LOOP else text
 
 
 def _unstated(text: str, kind: str) -> tuple[str, Value | None] | None:
@@ -90,9 +103,10 @@ _PLAIN: Final = tuple(
         (r"\\(?:left|right|displaystyle|boxed|fbox)(?![a-z])|\\[()\[\]]|\\?\$|[€£¥₹°]|\^\s?\{?\s?\\circ(?![a-z])\s?\}?", " "),
         (r"\\begin\s?\{[a-z]{1,12}\}|\\\{", "["),
         (r"\\end\s?\{[a-z]{1,12}\}|\\\}", "]"),
+        (r"(?<=[\d)])\*\*(?=[\d(-])|\s\*\*\s(?=[\d(-])", "^"),
         (r"\\\\(?=[a-zA-Z])", r"\\"),
         (r"\\\\|&", ","),
-        (r"\\(?:times|cdot|ast)(?![a-z])|[×·⋅]|(?<=\d)\s?[xX]\s?(?=10\s?(?:\^|\*\*))|(?<=[\d)])\*\*(?=\s?[\d(-])", "*"),
+        (r"\\(?:times|cdot|ast)(?![a-z])|[×·⋅]|(?<=\d)\s?[xX]\s?(?=10\s?\^)", "*"),
         (r"\\div(?![a-z])|÷", "/"),
         (r"\\simeq(?![a-z])|[≈≃]", "="),
         (r"π", "pi"),
@@ -124,7 +138,7 @@ _FUNCTIONS: Final[Mapping[str, Callable[[float], float]]] = {
 
 
 def _plain(fragment: str) -> str:
-    fragment = number._clean(fragment.lstrip("*_ \t\n"))
+    fragment = number._clean(fragment.lstrip("*_ \t\n").replace("\\\\ ", ", "))
     for pattern, plain in _PLAIN:
         fragment = pattern.sub(plain, fragment)
     return _LEAD.sub("", fragment, count=1)
@@ -137,10 +151,20 @@ def _scalar(fragment: str) -> tuple[str, float] | None:
 def _list(fragment: str) -> tuple[str, list[float]] | None:
     """The numbers of `[1, 2]`, `(1, 2)`, `1 and 2`, `x = 1, y = 2`, a row or a column of a matrix."""
     plain = _plain(fragment)
-    inside = re.match(r"[(\[]([^\[\]]{1,400}?)(?:\]|\)\s{0,3}(?:[^\s,)*/^+-]|\Z|\n))", plain)
-    said = inside[1] if inside and "," in inside[1] else _END.split(plain, maxsplit=1)[0]
+    inside = _inside(plain)
+    said = inside if "," in inside else _END.split(plain, maxsplit=1)[0]
     numbers = [_chain(part.strip(" []")) for part in re.split(r",(?:\s?and\b)?|\band\b", said) if part.strip()]
     return (said, [found[1] for found in numbers if found]) if numbers and all(numbers) else None
+
+
+def _inside(text: str) -> str:
+    """What is between the bracket a text opens with and the one that closes it."""
+    depth = 0
+    for at, sign in enumerate(text):
+        depth += (sign in "([") - (sign in ")]")
+        if depth <= 0:
+            return text[1:at]
+    return ""
 
 
 def _chain(text: str) -> tuple[str, float] | None:

@@ -18,8 +18,7 @@ from undo_ray.grading import statements
 from undo_ray.types import FORMAT, NO_ANSWER, UserError, Verdict
 
 _WORD: Final = re.compile(
-    r"\b(?P<not>not\s{1,3}(?:necessarily\s{1,3})?)?(?:(?P<yes>yes|true)|no(?=\s{0,3}(?:[^\w\s]|\n|$))|false)\b",
-    re.IGNORECASE,
+    r"\b(?P<not>not\s{1,3}(?:necessarily\s{1,3})?)?(?:(?P<yes>yes|true)|no(?=\s{0,3}(?:[^\w\s]|\n|$))|false)\b", re.IGNORECASE
 )
 _OPENING: Final = re.compile(
     r"(?:not\s{1,3}(?P<not>(?=true|false)))?(?:(?P<yes>yes|true)|no(?!\s(?:longer|one|more|doubt|way|such|idea)\b)|false)\b",
