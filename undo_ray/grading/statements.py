@@ -22,7 +22,7 @@ LEAD: Final = _LEAD
 _JUDGES: Final = re.compile(r"this\s$", re.IGNORECASE)
 _NEW_PROBLEM: Final = re.compile(
     r"\n[ \t#*>]{0,8}(?:Problem|Question|Q|Instruction|Input|User|Human|Response)\b[ \t*\d.]{0,8}(?::|\n)"
-    r"|USER:|ASSISTANT:|<start_of_turn>|\[INST\]|<\|",
+    r"|(?-i:USER:|ASSISTANT:)|<start_of_turn>|\[INST\]|<\|",
     re.IGNORECASE,
 )
 MAX_WRITTEN: Final = 200

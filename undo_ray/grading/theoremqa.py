@@ -17,9 +17,11 @@ each step costs the same however big the number is: what overflows is refused.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import Any, Final
 
 from undo_ray.grading import choice, number, statements, yes_no
@@ -126,7 +128,7 @@ _LEAD: Final = re.compile(
 _END: Final = re.compile(r"\.(?=\s|$)|[;?\n]")
 _TOKEN: Final = re.compile(
     r"\s*+(?:(?P<number>(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?+)"
-    r"|(?P<name>frac|sqrt|(?:arc)?(?:sin|cos|tan)|ln|log|exp|pi|e)(?![a-zA-Z])|(?P<sign>[-+*/^()!%]))"
+    r"|(?P<name>[a-z]{1,6})(?![a-zA-Z])|(?P<sign>[-+*/^()!%]))"
 )
 _GOES_ON: Final = re.compile(r"\s?(?:[+*/^<>|_±]|[xyznij]\b|(?:,|:|and\b|or\b|to\b)\s?[-\d(])")
 """After a number, this makes what is stated no single number: `3x`, `18 + x`, `2, 3`."""
@@ -135,6 +137,16 @@ _FUNCTIONS: Final[Mapping[str, Callable[[float], float]]] = {
     **{f"arc{name}": getattr(math, f"a{name}") for name in ("sin", "cos", "tan")},
     "ln": math.log,
 }
+_CONSTANTS: Final = {"pi": math.pi, "e": math.e}
+_NAMES: Final = frozenset({*_FUNCTIONS, *_CONSTANTS, "frac"})
+_OPERATORS: Final[Mapping[str, tuple[int, int, Callable[[float, float], float]]]] = {
+    "+": (1, 1, operator.add),
+    "-": (1, 1, operator.sub),
+    "*": (2, 2, operator.mul),
+    "/": (2, 2, operator.truediv),
+    "^": (4, 3, math.pow),
+}
+"""Sign -> how tightly it binds, how tightly what it takes on its right is bound (less: from right to left), what it does."""
 
 
 def _plain(fragment: str) -> str:
@@ -184,7 +196,7 @@ def _number(text: str) -> tuple[str, float | None, bool]:
     for opening in dict.fromkeys((text, text.lstrip("([ "))):
         reader = _Reader(opening)
         try:
-            value = reader.sum(0)
+            value = reader.value()
         except (ArithmeticError, ValueError):
             continue
         if math.isfinite(value) and not _GOES_ON.match(opening, reader.at):
@@ -193,7 +205,7 @@ def _number(text: str) -> tuple[str, float | None, bool]:
 
 
 class _Reader:
-    """A recursive descent over the expression that a text opens with. `at` is where it ends.
+    """Recursive descent, by precedence, over the expression that a text opens with. `at` is where it ends.
 
     Raises ValueError for what is no expression or too deep, ArithmeticError for what has no value as a float.
     """
@@ -201,70 +213,58 @@ class _Reader:
     def __init__(self, text: str):
         self.text, self.at = text, 0
 
-    def take(self, signs: str) -> str | None:
+    def take(self, kind: str, allowed: Container[str]) -> str:
+        """The next token when it is of that kind and allowed, else nothing."""
         token = _TOKEN.match(self.text, self.at)
-        if not token or not token["sign"] or token["sign"] not in signs:
-            return None
+        if not token or token[kind] is None or token[kind] not in allowed:
+            return ""
         self.at = token.end()
-        return token["sign"]
+        return token[kind]
 
-    def sum(self, depth: int) -> float:
-        value = self.product(depth)
-        while sign := self.take("+-"):
-            value += self.product(depth) if sign == "+" else -self.product(depth)
-        return value
-
-    def product(self, depth: int) -> float:
-        value = self.signed(depth)
-        while True:
-            token = _TOKEN.match(self.text, self.at)
-            if self.take("*"):
-                value *= self.signed(depth)
-            elif self.take("/"):
-                value /= self.signed(depth)
-            elif token and (token["name"] or self.text.startswith("(", self.at)):
-                value *= self.power(depth)
-            else:
-                return value
-
-    def signed(self, depth: int) -> float:
+    def value(self, depth: int = 0, binding: int = 0) -> float:
+        """The value of what follows, up to an operator that binds no tighter than `binding`."""
         if depth > MAX_DEPTH:
             raise ValueError("too deep")
-        if sign := self.take("+-"):
-            return self.signed(depth + 1) * (1 if sign == "+" else -1)
-        return self.power(depth)
-
-    def power(self, depth: int) -> float:
-        value = self.atom(depth)
-        while sign := self.take("!%"):
-            if sign == "%":
-                value /= 100
-            elif value.is_integer() and 0 <= value <= 170:  # the last one that a float holds
-                value = float(math.factorial(int(value)))
+        left = self.operand(depth + 1)
+        while True:
+            before = self.at
+            if sign := self.take("sign", "!%"):
+                left = left / 100 if sign == "%" else _factorial(left)
+            elif sign := self.take("sign", _OPERATORS):
+                level, right, apply = _OPERATORS[sign]
+                if level <= binding:
+                    self.at = before
+                    return left
+                left = apply(left, self.value(depth + 1, right))
+            elif binding < 2 and (self.text.startswith("(", self.at) or self.take("name", _NAMES)):
+                self.at = before  # 2pi, 3(1 + 2): a product without a sign
+                left *= self.value(depth + 1, 2)
             else:
-                raise ValueError("no factorial")
-        return math.pow(value, self.signed(depth + 1)) if self.take("^") else value
+                return left
 
-    def atom(self, depth: int) -> float:
-        if self.take("("):
-            value = self.sum(depth + 1)
-            if not self.take(")"):
+    def operand(self, depth: int) -> float:
+        if sign := self.take("sign", "+-"):
+            return self.value(depth, 3) * (1 if sign == "+" else -1)
+        if self.take("sign", "("):
+            inside = self.value(depth)
+            if not self.take("sign", ")"):
                 raise ValueError("not closed")
-            return value
+            return inside
+        if name := self.take("name", _NAMES):
+            if name == "frac":
+                return self.value(depth, 9) / self.value(depth, 9)
+            return _CONSTANTS[name] if name in _CONSTANTS else _FUNCTIONS[name](self.value(depth, 9))
         token = _TOKEN.match(self.text, self.at)
-        if depth > MAX_DEPTH or not token or token["sign"]:
+        if not token or not token["number"]:
             raise ValueError("no expression")
         self.at = token.end()
-        if token["number"]:
-            return float(token["number"].replace(",", ""))
-        name = token["name"]
-        if name == "frac":
-            return self.atom(depth + 1) / self.atom(depth + 1)
-        return getattr(math, name) if name in ("pi", "e") else _FUNCTIONS[name](self.power(depth + 1))
+        return float(token["number"].replace(",", ""))
 
 
-def _letter(fragment: str) -> tuple[str, str] | None:
-    return choice.letter(fragment, "ABCDEF")
+def _factorial(value: float) -> float:
+    if not value.is_integer() or not 0 <= value <= 170:  # the last one that a float holds
+        raise ValueError("no factorial")
+    return float(math.factorial(int(value)))
 
 
 _READERS: Final[Mapping[str, Callable[[str], tuple[str, Value] | None]]] = {
@@ -273,6 +273,6 @@ _READERS: Final[Mapping[str, Callable[[str], tuple[str, Value] | None]]] = {
     "list of integer": _list,
     "list of float": _list,
     "bool": yes_no.read,
-    "option": _letter,
+    "option": partial(choice.letter, letters="ABCDEF"),
 }
 """Type of an answer -> what a fragment states, as written and as a value; None when it opens with no such answer."""
