@@ -77,7 +77,7 @@ def escape(text: str, problem: Mapping[str, Any]) -> Verdict:
 
     attempts: dict[str, Callable[[], object]] = {
         "write": lambda: Path(target).write_text("here"),
-        "append": lambda: Path(target).open("a"),
+        "append": lambda: os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT),
         "remove": lambda: os.remove(target),
         "rename": lambda: os.rename(target, target + ".moved"),
         "mkdir": lambda: os.mkdir(target),

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import psutil
 import pytest
 
-import hostile
 from undo_ray.grading.pool import Pool
 from undo_ray.types import TIMEOUT, UserError, Verdict
 

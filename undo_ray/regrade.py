@@ -94,13 +94,11 @@ def _problem(row: Mapping[str, Any], task: tasks.Task, known: Mapping[str, Json]
     own = str(row.get("question_id", ""))
     ids = (tasks.row_id(task, split, own) for split in task.splits)
     problem = dict(next((known[id] for id in ids if id in known), {"id": own or where}))
-    problem |= {name: row[name] for name in ("choices", "answer_type") if row.get(name) is not None}
+    problem |= {name: row[name] for name in ("choices", "n_choices", "answer_type") if row.get(name) is not None}
     if row.get("gold") is not None:
         problem["answer"] = str(row["gold"])
     if "answer" not in problem:
         raise UserError(f"{where}: no `gold`, and no question {own!r} of {task.name} to take it from; add it, or give --data")
-    if not problem.get("choices") and isinstance(row.get("n_choices"), int):
-        problem["choices"] = [""] * row["n_choices"]  # how many letters there are, and no texts to match
     return problem
 
 

@@ -17,9 +17,12 @@ from undo_ray.types import UserError, Verdict
 Grader = Callable[[str, Mapping[str, Any]], Verdict]
 
 KINDS: dict[str, str] = {
+    "choice": "undo_ray.grading.choice:grade",
     "math": "undo_ray.grading.math:grade",
     "math_gold": "undo_ray.grading.math:gold",
     "number": "undo_ray.grading.number:grade",
+    "theoremqa": "undo_ray.grading.theoremqa:grade",
+    "yes_no": "undo_ray.grading.yes_no:grade",
 }
 """Answer kind -> `module:function`, imported when first asked for. A literal, so that it is the same in every process."""
 

@@ -38,7 +38,7 @@ _DRESS: Final = (
 # Every repetition in these is possessive or bounded, and no two can share characters: a scan is linear in the text.
 _DIGITS = r"(?:[0-9]++(?:[,\u00a0][0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
 _MONEY = r"(?:\\?[$€£¥₹]\ ?)?+"
-_NUMBER: Final = re.compile(
+NUMBER: Final = re.compile(
     rf"""
     (?<![A-Za-z0-9_^])(?<![_^]\{{)                  # not the digits of x2, m^2, a_{{2}}
     (?P<sign>[-+]\ ?)?+ {_MONEY} (?P<inner>-)?+
@@ -69,19 +69,19 @@ _TERM_AFTER: Final = re.compile(rf"{_OPERATOR}|^\s?(?:-|[xyzn]\b)")
 _SUM: Final = re.compile(r"\s?(?:[-+*/×÷]|\\times|\\cdot|x\b)\s?[$(]{0,2}[0-9]")
 """After a stated number: the statement is a sum nobody worked out, or a range."""
 _EQUALS: Final = re.compile(r"[=≈]")
-_IS: Final = re.compile(
+IS: Final = re.compile(
     r"""\banswer(?:\s{1,3}(?:to|for|in)\b[^.,;\n]{0,60}?|\s?\([^()\n]{1,40}\))?["*_)]{0,3}\s{1,3}"""
     r"(?:is|was|are|equals|(?:will|would|should|must)\sbe)\b(?!\snot\b)",
     re.IGNORECASE,
 )
-_COLON: Final = re.compile(r"""\banswer["'*_\s)]{0,8}[:=]|^[ \t>*_]{0,8}A[*_]{0,2}:""", re.IGNORECASE | re.MULTILINE)
-_LEAD: Final = re.compile(
+COLON: Final = re.compile(r"""\banswer["'*_\s)]{0,8}[:=]|^[ \t>*_]{0,8}A[*_]{0,2}:""", re.IGNORECASE | re.MULTILINE)
+LEAD: Final = re.compile(
     r"(?:[\s*_~:=≈($\\\[{\"']|approximately\b|about\b|exactly\b|only\b|boxed\b|text\b|[a-z]\ ?=)*+", re.IGNORECASE
 )
-_SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)|\n")
-_STATEMENT: Final = 400
+SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)|\n")
+STATEMENT: Final = 400
 """Characters after "the answer is" in which the answer must stand. With the next limit this keeps the search linear."""
-_STATEMENTS: Final = 64
+STATEMENTS: Final = 64
 """Statements looked at, from the last one backwards."""
 
 
@@ -92,12 +92,12 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
     number and `format` when what it states as the answer is not one readable number; both count as wrong. Raises
     UserError when the gold answer is not a number.
     """
-    gold = _only(_clean(str(problem["answer"])))
+    gold = _only(clean(str(problem["answer"])))
     wanted = gold[1] if gold else None
     if wanted is None:
         shown = str(problem["answer"])[:80]
         raise UserError(f"problem {problem.get('id')}: answer {shown!r} is not a number; correct or drop the row")
-    found = _find(_clean(text))
+    found = _find(clean(text))
     if found is None:
         return Verdict(correct=False, answer=None, reason=NO_ANSWER)
     written, value = found
@@ -111,15 +111,15 @@ Found = tuple[str, Fraction | None]
 
 def _find(text: str) -> Found | None:
     """The answer of a cleaned text by the rule of this module, or None when there is none."""
-    for line in reversed(_HASHES.findall(text)[-_STATEMENTS:]):
-        if not _HEADING.match(line) and (found := _opening(line[:_STATEMENT])):
+    for line in reversed(_HASHES.findall(text)[-STATEMENTS:]):
+        if not _HEADING.match(line) and (found := _opening(line[:STATEMENT])):
             return found
     if spans := boxes(text):
         content = text[slice(*spans[-1])]
         return _only(content) or (content, None)
-    statements = [(match.end(), anywhere) for form, anywhere in ((_IS, True), (_COLON, False)) for match in form.finditer(text)]
-    for end, anywhere in sorted(statements, reverse=True)[:_STATEMENTS]:
-        fragment = text[end : end + _STATEMENT]
+    statements = [(match.end(), anywhere) for form, anywhere in ((IS, True), (COLON, False)) for match in form.finditer(text)]
+    for end, anywhere in sorted(statements, reverse=True)[:STATEMENTS]:
+        fragment = text[end : end + STATEMENT]
         if found := _opening(fragment) or (_first(fragment) if anywhere else None):
             return found
     return last(text)
@@ -127,26 +127,26 @@ def _find(text: str) -> Found | None:
 
 def last(text: str) -> Found | None:
     """The last number of a text."""
-    matches = deque(_NUMBER.finditer(text), maxlen=1)
+    matches = deque(NUMBER.finditer(text), maxlen=1)
     return _read(matches[0]) if matches else None
 
 
 def _opening(fragment: str) -> Found | None:
     """The number a statement opens with: `**$18**`, `x = 18`, `9 * 2 = 18 dollars`."""
     fragment = fragment[_lead_end(fragment) :]
-    return _first(fragment) if _NUMBER.match(fragment) else None
+    return _first(fragment) if NUMBER.match(fragment) else None
 
 
 def _lead_end(fragment: str) -> int:
-    match = _LEAD.match(fragment)
+    match = LEAD.match(fragment)
     return match.end() if match else 0
 
 
 def _first(fragment: str) -> Found | None:
     """The number a sentence states: the first one, or the first after its last equals sign."""
-    end = _SENTENCE_END.search(fragment)
+    end = SENTENCE_END.search(fragment)
     sentence = fragment[: end.start()] if end else fragment
-    match = _NUMBER.search(_EQUALS.split(sentence)[-1]) or _NUMBER.search(sentence)
+    match = NUMBER.search(_EQUALS.split(sentence)[-1]) or NUMBER.search(sentence)
     return _read(match) if match and not _SUM.match(match.string, match.end()) else None
 
 
@@ -154,9 +154,9 @@ def _only(content: str) -> Found | None:
     """The single number of a box (or of a gold answer), or None when it holds none, several or an expression."""
     result = _EQUALS.split(content)[-1]
     bare = _TEXT.sub(" u ", result)
-    if not _NUMBER.search(bare):
+    if not NUMBER.search(bare):
         bare = _TEXT.sub(r" \1 ", result)
-    matches = list(islice(_NUMBER.finditer(bare), 2))
+    matches = list(islice(NUMBER.finditer(bare), 2))
     if len(matches) != 1:
         return None
     match = matches[0]
@@ -181,7 +181,7 @@ def boxes(text: str) -> list[tuple[int, int]]:
     return found
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """`text` with full-width and typographic digits, signs and spaces in ASCII, and without LaTeX spacing."""
     text = text.translate(TYPOGRAPHIC)
     for dress, plain in _DRESS:
@@ -190,7 +190,7 @@ def _clean(text: str) -> str:
 
 
 def _read(match: re.Match[str]) -> Found:
-    """A match of `_NUMBER` as written and its exact value (None: too long, a power, a time of day, over zero)."""
+    """A match of `NUMBER` as written and its exact value (None: too long, a power, a time of day, over zero)."""
     part = match.groupdict()
     written = match.group().strip()
     negative = _is_negative(match)

@@ -44,7 +44,7 @@ SET_ASIDE: Final = 8
 """Slow workers per regular one, at most."""
 BATCH: Final = 32
 """Answers sent to a worker at a time, at most."""
-FIELDS: Final = ("id", "question", "answer", "choices", "answer_type")
+FIELDS: Final = ("id", "answer", "choices", "n_choices", "answer_type")
 """What graders see of a problem."""
 
 
