@@ -35,7 +35,7 @@ _BARE_BOX: Final = re.compile(r"\\boxed\s{1,3}([^\s{}$\\]{1,40})")
 _AND: Final = r"(?:[\s,;.]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|and|or){0,12}"
 _BETWEEN_BOXES: Final = re.compile(rf"\}}(?:\$|\\[])]|{_AND}|\$|\\[\[(]){{0,3}}\\(?:boxed|fbox) ?\{{", re.IGNORECASE)
 _STATEMENT: Final = re.compile(
-    r"\banswer(?:\s{1,3}(?:to|for|in)\b[^.,;\n]{0,60}?)?[\"*_)]{0,3}(?:\s{1,3}(?:is|are)\b|\s?:|\s{1,3}(?=[$\\]))(?!\s{0,3}not\b)"
+    r"\banswers?(?:\s{1,3}(?:to|for|in)\b[^.,;\n]{0,60}?)?[\"*_)]{0,3}(?:\s{1,3}(?:is|are)\b|\s?:|\s{1,3}(?=[$\\]))(?!\s{0,3}not\b)"
     r"(?:[\s*_:\"]|\\\"){0,8}",
     re.IGNORECASE,
 )
@@ -46,10 +46,11 @@ _DISPLAYED: Final = ("$$", "\\[")
 _SENTENCE_END: Final = re.compile(r"\.(?=\s|$)|[!?\n]|\bI hope\b|<\|")
 _NEXT: Final = re.compile(_AND, re.IGNORECASE)
 _LATEX: Final = re.compile(r"[\\^_&|]")
-_PROSE: Final = re.compile(r"\n|boxed|(?<![\\a-zA-Z])[a-zA-Z]{2,} [a-zA-Z]{2}")
+_PROSE: Final = re.compile(r"\n|\\(?:boxed|fbox)|(?<![\\a-zA-Z])[a-zA-Z]{2,} [a-zA-Z]{2}")
 _PIECES: Final = re.compile(r"(?<=[.!?])\s|\n|\$\$")
 _DIGITS: Final = re.compile(r"-?\d*\.?\d+")
-_MATHEMATICAL: Final = re.compile(r"[-+]?[.\d\\(\[{]|[a-zA-Z]{1,2}\s?[=(]|\S{1,20}$")
+_MATHEMATICAL: Final = re.compile(r"[-+]?[.\d\\(\[{]|[a-zA-Z]{1,2}\s?[-+*/=<>^_(\\]|\S{1,20}$")
+_IN_BASE: Final = re.compile(r"[0-9A-Z.]+ ?_ ?\{?\d+\}?")
 _TAIL: Final = 4000
 """Characters from the end in which an answer that nothing announces is looked for."""
 
@@ -71,6 +72,8 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
     answer = normal(found)
     if _bare(answer) == _bare(gold):
         return Verdict(correct=True, answer=written)
+    if _IN_BASE.fullmatch(answer) and _IN_BASE.fullmatch(gold):
+        return Verdict(correct=False, answer=written)  # Math-Verify drops the base: 10_8 would be 10_9
     wanted, got = parsed(gold), parsed(answer)
     if not wanted or not got:
         # A gold in words ("Evelyn") that other words miss is a wrong answer; a formula nobody can read is none.
