@@ -126,7 +126,7 @@ def test_every_gold_answer_is_right_where_it_is_boxed_or_stated(data_dir: Path) 
         ("It costs \\$5 and then \\$6", "6"),
         ("There are 12 distinct ones that meet the conditions. I hope it is correct. <|im_start|>user", "12"),
         ("$x = 3$ so there are 4 of them", "4"),
-        ("x^2 = 5^2\\cdot 3-5^", "-5"),
+        ("We find that x^2 = 5^2\\cdot 3-5^", "-5"),
         ("$\\frac{1}{2}$", "\\frac{1}{2}"),
         ("-\\frac{10}{9}", "-\\frac{10}{9}"),
         ("1 000", "1 000"),
