@@ -6,6 +6,7 @@ it sets itself, so that a test cannot pass by a setting a user does not have.
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,30 @@ def cluster() -> None:
     from undo_ray import loop
 
     loop.start_ray(verbose=False)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """`HOST:PORT` of an S3 service on this machine, with a bucket `runs`."""
+    pytest.importorskip("moto", reason="moto is not installed: it is the S3 service of these tests")
+    pytest.importorskip("flask_cors", reason="flask-cors is not installed: moto's server needs it")
+    import logging
+
+    import pyarrow.fs as pafs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "http_proxy", "HTTP_PROXY"):
+            patch.delenv(name, raising=False)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        address = "{}:{}".format(*server.get_host_and_port())
+        pafs.S3FileSystem(endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True).create_dir(
+            "runs"
+        )
+        yield address
+        server.stop()

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parent.parent
 
 
-def start(recipe: str, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`."""
-    # Relative on purpose, as people write it: workers have other working directories.
-    run_dir = Path(os.path.relpath(run_dir, ROOT))
+def start(recipe: str, run_dir: Path | str, *overrides: str) -> subprocess.Popen[str]:
+    """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`; `run_dir`: a path, or a URI as it is."""
+    if isinstance(run_dir, Path):
+        # Relative on purpose, as people write it: workers have other working directories.
+        run_dir = os.path.relpath(run_dir, ROOT)
     sets = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, "jobs/undo.py", f"jobs/recipes/{recipe}.toml", "--run-dir", str(run_dir), *sets]
+    command = [sys.executable, "jobs/undo.py", f"jobs/recipes/{recipe}.toml", "--run-dir", run_dir, *sets]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
     )
@@ -35,7 +36,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return output
 
 
-def run(recipe: str, run_dir: Path, *overrides: str, code: int = 0) -> str:
+def run(recipe: str, run_dir: Path | str, *overrides: str, code: int = 0) -> str:
     return finish(start(recipe, run_dir, *overrides), code)
 
 
