@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
@@ -36,8 +37,10 @@ got less than a fifth of them as CPU time it goes on, up to `BUSY` deadlines: a 
 BUSY: Final = 4
 MEMORY: Final = 1.0
 """GiB of address space for one worker; it starts with 0.4."""
-PATIENCE: Final = 0.2
-"""CPU seconds on one answer after which its worker is set aside for another."""
+PATIENCE: Final = 0.1
+"""CPU seconds on one answer after which its worker is set aside for another, and gives way to it."""
+GIVE_WAY: Final = 10
+"""Niceness of a worker set aside: a tenth of a busy core, enough for an honest second within `BUSY` deadlines."""
 LOOK: Final = 0.05
 """Seconds between two looks at the workers' clocks."""
 SET_ASIDE: Final = 8
@@ -136,6 +139,7 @@ class _Worker:
     def __init__(self, pid: int, channel: socket.socket):
         self.channel = channel
         self.process = os.pidfd_open(pid)  # a number could be somebody else's by the time of the kill
+        self._pid = pid
         self._clock = (~pid << 3) | 2  # the clock of another process's CPU time (linux/posix-timers.h)
         self.jobs: deque[int] = deque()
         self.slow = self.dead = False
@@ -183,7 +187,10 @@ class _Worker:
         if self.jobs and (self.dead or wall >= BUSY * deadline or (wall >= deadline and spent >= deadline / 5)):
             self.dead = True
             return {self.jobs.popleft(): Verdict(False, None, TIMEOUT)}
-        self.slow = self.slow or (bool(self.jobs) and (spent >= PATIENCE or wall >= deadline))
+        if self.jobs and not self.slow and (spent >= PATIENCE or wall >= deadline):
+            self.slow = True
+            with suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, self._pid, GIVE_WAY)
         return {}
 
     def given_back(self) -> list[int]:
@@ -192,10 +199,8 @@ class _Worker:
         return [self.jobs.pop() for _ in range(len(self.jobs) - kept)]
 
     def kill(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is dead already
         os.close(self.process)
         self.channel.close()
 
