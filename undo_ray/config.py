@@ -58,6 +58,8 @@ class Data(_Section):
     """questions drawn from the training source by seed; default: all"""
     test_limit: Extendable[PositiveInt | None] = None
     """questions drawn from each test by seed; default: all"""
+    clean: Literal["ngram", "exact"] = "ngram"
+    """what counts as a repetition: a run of 8 words shared with a test and near duplicates too, or equal texts alone"""
     show: PositiveInt = 20
     """validation questions shown, scored, in every teacher prompt (paper: 20)"""
     select: NonNegativeInt = 200

@@ -99,6 +99,7 @@ PROBLEM_FIELDS: dict[str, pa.DataType] = {
     "choices": pa.list_(pa.string()),  # options of a multiple-choice question
     "subject": pa.string(),  # the benchmark's own category: for error profiles, never in a prompt
     "level": pa.string(),
+    "answer_type": pa.string(),  # how to compare the gold where the benchmark says so: TheoremQA's `float`, `bool`…
 }
 """A problem: a question whose answer is known."""
 
