@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from undo_ray.tasks import get, load, parse_source
 from undo_ray.tasks.math import boxed
 from undo_ray.types import PROBLEM_FIELDS, UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"id": "gsm8k-train-0", "question": "One pen costs 2 coins. What do 3 cost?", "answer": "6"}
 HUB = {"question": "One pen costs 2 coins. What do 3 cost?", "answer": "3*2 = <<3*2=6>>6\n#### 6"}
 
@@ -368,28 +370,16 @@ def test_answers_of_strategyqa_are_yes_and_no(data: Path) -> None:
     assert Counter(row["answer"] for row in rows).keys() == {"yes", "no"}
 
 
-MY_TASK = """
-from undo_ray.tasks import Task
-
-
-def _read(row, index, split):
-    return {"id": f"sums/{split}/{index}", "question": row["q"], "answer": row["a"]}
-
-
-MY_TASK = Task(
-    name="sums", source="mine", kind="number", instruction="", splits=("train", "dev"), columns=("q", "a"), from_hub=_read
-)
-"""
-
-
 def test_a_run_on_ones_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module is on PYTHONPATH alone, the rows in local files: workers find the task, its instruction and its grader."""
+    """The one of the documentation: module on PYTHONPATH alone, rows in local files, and workers find its grader."""
     import runs
 
     from undo_ray.mini import world
 
     write(tmp_path / "code" / "my_pkg" / "__init__.py", "")
-    write(tmp_path / "code" / "my_pkg" / "my_task.py", MY_TASK)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = re.sub(r"(?<=instruction=).*", '"",', code)  # the miniature teacher knows the words of its world alone
+    write(tmp_path / "code" / "my_pkg" / "my_task.py", code)
     for split, size in (("train", 40), ("dev", 12)):
         rows = [{"q": case.question, "a": str(case.answer)} for case in world.cases(split.replace("dev", "test"), size, 5)]
         write(tmp_path / "data" / "sums" / f"{split}.jsonl", *rows)
@@ -397,7 +387,8 @@ def test_a_run_on_ones_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     options = (
         "rounds=0",
         "data.train=my_pkg.my_task:MY_TASK",
-        'data.tests=["my_pkg.my_task:MY_TASK/dev"]',
+        "data.validation=my_pkg.my_task:MY_TASK/dev",
+        "data.tests=[]",
         f"data.dir={tmp_path}/data",
         "data.clean=exact",
         "data.train_limit=",
@@ -407,9 +398,8 @@ def test_a_run_on_ones_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     output = runs.run("mini", tmp_path / "run", *options)
     report = runs.report(tmp_path / "run")
-    assert report["rounds"][0]["tests"]["my_pkg.my_task:MY_TASK/dev"]["n"] == 12
     assert report["rounds"][0]["lessons"] > 20, "the teacher's answers were graded right by the task's own kind"
-    assert "30 train, 4 show, 6 select questions; removed: none" in output
+    assert "40 train, 4 show, 6 select questions; removed: none" in output
 
 
 def test_no_heavy_imports() -> None:

@@ -51,7 +51,7 @@ class Data(_Section):
     validation: str | None = None
     """source of `show` and `select`; default: drawn from `train` by seed"""
     tests: Extendable[tuple[str, ...]] = Field((), strict=False)  # TOML has lists, no tuples
-    """test sources, read only when the loop has ended; the first is the primary test"""
+    """test sources, answered only when the loop has ended; the first is the primary test"""
     dir: Placed[str | None] = None
     """local folder with the benchmarks; default: the Hugging Face hub"""
     train_limit: PositiveInt | None = None
