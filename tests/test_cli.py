@@ -287,8 +287,12 @@ def test_vllm_that_is_not_installed_is_named(command: Command, no_loop: None, mo
 @pytest.mark.parametrize(
     "override, expected",
     [
-        ("data.train=gms8k", "task 'gms8k' is unknown; use one of gsm8k, mini, svamp, or package.module:NAME for your own"),
-        ("data.validation=gms8k", "task 'gms8k' is unknown; use one of gsm8k, mini, svamp"),
+        (
+            "data.train=gms8k",
+            "task 'gms8k' is unknown; use one of gsm8k, math, mini, mmlu_pro, numina, strategyqa, svamp, theoremqa, "
+            "or package.module:NAME for your own",
+        ),
+        ("data.validation=gms8k", "task 'gms8k' is unknown; use one of gsm8k, math, mini"),
         ("data.train=gsm8k/dev", "source 'gsm8k/dev': task gsm8k has no split 'dev'; use one of train, test"),
         ("data.train=my_tasks:MINE", "task 'my_tasks:MINE': no module 'my_tasks'; install it or put its folder on PYTHONPATH"),
         (

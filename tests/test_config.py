@@ -70,6 +70,7 @@ IDENTITY = {
     "data.show": "5",
     "data.select": "50",
     "data.shared": "true",
+    "data.clean": '"exact"',
     "teacher.model": '"big/other"',
     "teacher.template": '"paper"',
     "teacher.samples": "2",

@@ -21,6 +21,7 @@ QUESTION = {
     "choices": None,
     "subject": None,
     "level": None,
+    "answer_type": None,
 }
 ROW: dict[str, Any] = {**QUESTION, "history": [], "candidates": [], "attempt": None, "lesson": None}
 

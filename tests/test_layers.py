@@ -18,7 +18,7 @@ LAYERS = (
     ("place",),
     ("lease",),
     ("gap", "store"),
-    ("tasks", "models"),
+    ("tasks", "models", "clean"),
     ("problems", "engines", "train"),
     ("generate", "lessons"),
     ("report",),

@@ -46,13 +46,15 @@ class Data(_Section):
     validation: str | None = None
     """source of `show` and `select`; default: drawn from `train` by seed"""
     tests: Extendable[tuple[str, ...]] = Field((), strict=False)  # TOML has lists, no tuples
-    """test sources, read only when the loop has ended; the first is the primary test"""
+    """test sources, answered only when the loop has ended; the first is the primary test"""
     dir: Placed[str | None] = None
     """local folder with the benchmarks; default: the Hugging Face hub"""
     train_limit: PositiveInt | None = None
     """questions drawn from the training source by seed; default: all"""
     test_limit: Extendable[PositiveInt | None] = None
     """questions drawn from each test by seed; default: all"""
+    clean: Literal["ngram", "exact"] = "ngram"
+    """what counts as a repetition: a run of 8 words shared with a test and near duplicates too, or equal texts alone"""
     show: PositiveInt = 20
     """validation questions shown, scored, in every teacher prompt (paper: 20)"""
     select: NonNegativeInt = 200

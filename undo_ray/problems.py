@@ -1,14 +1,19 @@
-"""Problems into the run directory: the three roles of the loop, and the tests that are read at its end."""
+"""Problems into the run directory: the three roles of the loop, cleaned against the tests, and the tests read at its end."""
 
 from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from undo_ray import tasks
+from undo_ray import clean, tasks
 from undo_ray.config import Recipe
 from undo_ray.place import Place
-from undo_ray.store import Stage
+from undo_ray.store import Stage, Step
 from undo_ray.types import ROWS, SELECT, SHOW, TRAIN, Row, UserError
 
 ROWS_PER_FILE = 10_000
@@ -16,14 +21,13 @@ ROWS_PER_FILE = 10_000
 
 def check(recipe: Recipe) -> None:
     """Raises UserError for whatever is wrong with the recipe's sources before anything is started, tests included."""
-    _roles(recipe)
     seen = {_source(recipe.data.train, "train"): "data.train"}
     for source in recipe.data.tests:
         key = _source(source, "test")
         if key in seen:
             raise UserError(f"data.tests: {source!r} is the same questions as {seen[key]}; name each set once")
         seen[key] = f"data.tests {source!r}"
-    _tests(recipe)
+    _Sources(recipe).roles()
     if recipe.round0.startswith("lessons:") and not Place(recipe.round0.removeprefix("lessons:")).exists():
         raise UserError(f"round0 = {recipe.round0}: no such file; give JSONL or Parquet with a `messages` column")
 
@@ -33,38 +37,107 @@ def _source(text: str, split: str) -> tuple[str, str]:
     return task.name, found
 
 
-def _roles(recipe: Recipe) -> tuple[list[Row], int]:
-    data = recipe.data
-    train = tasks.load(*tasks.parse_source(data.train, "train"), data.dir)
-    validation = tasks.load(*tasks.parse_source(data.validation, "train"), data.dir) if data.validation is not None else None
-    limit = data.train_limit
-    return tasks.roles(
-        train, validation, show=data.show, select=data.select, seed=recipe.seed, train_limit=limit, shared=data.shared
-    )
+class _Sources:
+    """What the recipe's sources hold: rows, and the counts of rows that were left out or are odd."""
 
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.figures: dict[str, dict[str, int]] = {}
+        self.templated: set[str] = set()
 
-def _tests(recipe: Recipe) -> list[Row]:
-    rows: list[Row] = []
-    for source in recipe.data.tests:
-        found = tasks.load(*tasks.parse_source(source, "test"), recipe.data.dir)
-        limit = min(recipe.data.test_limit or len(found), len(found))
-        rows += [{**row, "split": test_name(source)} for row in tasks.draw(found, limit, recipe.seed, "test")]
-    return rows
+    def load(self, source: str, split: str) -> list[Row]:
+        task, split = tasks.parse_source(source, split)
+        if task.templated:
+            self.templated.add(task.reference)
+        rows, odd = tasks.load(task, split, self.recipe.data.dir)
+        self.figures[f"{task.reference}/{split}"] = {"rows": len(rows), **odd}
+        return rows
+
+    def tests(self) -> dict[str, list[Row]]:
+        """Test -> its questions, all of them."""
+        return {test_name(source): self.load(source, "test") for source in self.recipe.data.tests}
+
+    def roles(self) -> tuple[list[Row], list[Row]]:
+        data = self.recipe.data
+        train = self.load(data.train, "train")
+        validation = self.load(data.validation, "train") if data.validation is not None else None
+        tests = clean.Tests([row for rows in self.tests().values() for row in rows], self.templated, data.clean == "ngram")
+        limit, shared = data.train_limit, data.shared
+        return roles(
+            train,
+            validation,
+            tests,
+            show=data.show,
+            select=data.select,
+            seed=self.recipe.seed,
+            train_limit=limit,
+            shared=shared,
+        )
 
 
 def prepare(recipe: Recipe, out: Stage) -> None:
-    """Rows with their role: train, show, select (design: show and select are disjoint, and neither is ever taught)."""
-    rows, duplicates = _roles(recipe)
+    """Rows with their role: train, show, select (design: show and select are disjoint, and neither is ever taught).
+
+    Test questions are read here for their wording alone, to keep them and their like out of training and validation.
+    """
+    sources = _Sources(recipe)
+    rows, removed = sources.roles()
     _write(rows, out)
     counts = {role: sum(row["split"] == role for row in rows) for role in (TRAIN, SHOW, SELECT)}
-    out.note(**counts, duplicates=duplicates)
-    roles = ", ".join(f"{count} {role}" for role, count in counts.items())
-    out.progress.say(f"{roles} questions; {duplicates} removed from training because validation asks the same")
+    out.note(**counts, sources=sources.figures, removed=_list(removed, out, "removed.jsonl"))
+    for source, figures in sources.figures.items():
+        if odd := [f"{count} {what}" for what, count in figures.items() if what != "rows"]:
+            out.progress.say(f"{source}: {figures['rows']} questions; {', '.join(odd)}")
+    asked = ", ".join(f"{count} {role}" for role, count in counts.items())
+    out.progress.say(f"{asked} questions; removed: {_said(out.figures['removed'])}")
 
 
 def prepare_tests(recipe: Recipe, out: Stage) -> None:
-    """The rows of every test of the recipe, `split` naming the test."""
-    _write(_tests(recipe), out)
+    """The rows of every test of the recipe, `split` naming the test.
+
+    A test may have been added since training and validation were cleaned: the questions that overlap with it are counted.
+    """
+    sources = _Sources(recipe)
+    rows: list[Row] = []
+    overlap: list[Row] = []
+    for name, found in sources.tests().items():
+        drawn = ranked(found, recipe.seed, "test")[: recipe.data.test_limit]
+        rows += [{**row, "split": name} for row in drawn]
+        tests = clean.Tests(drawn, sources.templated, recipe.data.clean == "ngram")
+        for asked in _committed(out):
+            overlap += [{**finding, "split": f"{asked[index]['split']} / {name}"} for index, finding in tests.find(asked)]
+    _write(rows, out)
+    out.note(sources=sources.figures, overlap=_list(overlap, out, "overlap.jsonl"))
+    if overlap:
+        out.progress.say(f"questions that were not removed though a test asks their like: {_said(out.figures['overlap'])}")
+
+
+def _committed(out: Stage) -> Iterator[list[Row]]:
+    """The questions of the loop as they were committed, a file at a time."""
+    step = Step(out.ledger, "", -1)
+    manifest, place = step.manifest("problems"), step.place / "problems"
+    assert manifest is not None, "tests are read after the problems are committed"
+    for file in manifest["files"]:
+        if file["name"].startswith(f"{manifest['try']}/rows/"):
+            columns = ["id", "task", "split", "question", "choices"]
+            yield pq.read_table(f"{place.path}/{file['name']}", filesystem=place.fs, columns=columns).to_pylist()
+
+
+def _list(findings: Sequence[Row], out: Stage, name: str) -> dict[str, dict[str, int]]:
+    """Write findings into the stage's folder, one a line; how many there are by split and kind."""
+    counts: dict[str, dict[str, int]] = {}
+    for finding in findings:
+        kinds = counts.setdefault(finding["split"], {})
+        kinds[finding["kind"]] = kinds.get(finding["kind"], 0) + 1
+    if findings:
+        (out.place / name).write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in findings).encode())
+    return counts
+
+
+def _said(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Counts of findings for the log, e.g. `train: 3 test_ngram, 1 duplicate`."""
+    parts = (f"{split}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) for split, kinds in counts.items())
+    return "; ".join(parts) or "none"
 
 
 def test_name(source: str) -> str:
@@ -78,3 +151,60 @@ def _write(rows: list[Row], out: Stage) -> None:
         part: list[Row] = [{**row, "history": [], "candidates": []} for row in rows[start : start + ROWS_PER_FILE]]
         table = pa.Table.from_pylist(part, schema=ROWS)
         pq.write_table(table, f"{path}/{start // ROWS_PER_FILE:06d}.parquet", filesystem=fs)
+
+
+def ranked(rows: Iterable[Row], seed: int, salt: str) -> list[Row]:
+    """Rows in the order of sha256(seed, salt, id): its first are a draw that no file order changes, without any state."""
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}\n{salt}\n{row['id']}".encode()).digest())
+
+
+def roles(
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row] | None,
+    tests: clean.Tests,
+    *,
+    show: int,
+    select: int,
+    seed: int,
+    train_limit: int | None = None,
+    shared: bool = False,
+) -> tuple[list[Row], list[Row]]:
+    """The rows of a run with `split` set to train, show or select, and what was removed on the way (see `clean.distinct`).
+
+    `show` and `select` are disjoint draws from `validation_rows`, or else from `train_rows`, which then lose them; `shared`
+    draws `show` questions for both uses, marked show alone. Questions are removed before they are drawn, so that every draw
+    has its size: those that overlap with `tests`, training questions that repeat a validation question, and those that repeat
+    an earlier one. `train_limit` draws from what is left; fewer than that many are all taken. Raises UserError when
+    validation asks for more than there is, or no training row is left.
+    """
+    own = validation_rows is None
+    need = show if shared else show + select
+    pool = ranked(train_rows if validation_rows is None else validation_rows, seed, "validation")
+    held, unfit = clean.distinct(pool, need, tests)
+    if need > len(held):
+        keys = "data.show" if shared else "data.show + data.select"
+        source, remedy = ("training", " or name data.validation") if own else ("its source", "")
+        raise UserError(
+            f"validation larger than {source}: {keys} = {need}, but there are {len(held)} different questions"
+            f"{_beside(unfit)}; lower {'it' if shared else 'them'}{remedy}"
+        )
+    taken = {row["id"] for row in held} if own else set()
+    rest = ranked((row for row in train_rows if row["id"] not in taken), seed, "train")
+    train, removed = clean.distinct(rest, train_limit, tests, held)
+    if not train:
+        raise UserError(
+            f"no training question is left beside {need} validation questions{_beside(removed)}; "
+            "lower data.show and data.select"
+        )
+    # Passed over for validation, a training question is still one for training, and judged there.
+    findings = [("validation", finding) for finding in unfit if not own] + [(TRAIN, finding) for finding in removed]
+    marked = ((TRAIN, train), (SHOW, held[:show]), (SELECT, held[show:]))
+    return (
+        [{**row, "split": split} for split, rows in marked for row in rows],
+        [{**finding, "split": split} for split, finding in findings],
+    )
+
+
+def _beside(findings: Sequence[Row]) -> str:
+    kinds = Counter(finding["kind"] for finding in findings)
+    return f" (removed: {', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""

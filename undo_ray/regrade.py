@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,25 +76,22 @@ def table(summary: Json, disagreements: list[Json]) -> str:
 
 
 def _own_rows(task: tasks.Task, data: str) -> dict[str, Json]:
-    """The task's rows by id, of every split whose file is in the folder."""
+    """The task's rows by the ids in its files, of every split whose file is in the folder."""
     found: dict[str, Json] = {}
     for split in task.splits:
-        try:
-            rows, _ = tasks.load(task, split, data)
-        except UserError as error:
-            missing = error
-            continue
-        found |= {row["id"]: row for row in rows}
+        with suppress(UserError):  # not every split need be there
+            found |= tasks.by_own_id(task, split, data)
     if not found:
-        raise missing
+        raise UserError(
+            f"{data}: no questions of {task.name} with ids; give the folder that holds {task.name}/, or leave --data out"
+        )
     return found
 
 
 def _problem(row: Mapping[str, Any], task: tasks.Task, known: Mapping[str, Json], where: str) -> Json:
     """What the grader needs of a row: the task's own row where there is one, and over it what the row itself says."""
     own = str(row.get("question_id", ""))
-    ids = (tasks.row_id(task, split, own) for split in task.splits)
-    problem = dict(next((known[id] for id in ids if id in known), {"id": own or where}))
+    problem = dict(known.get(own, {"id": own or where}))
     problem |= {name: row[name] for name in ("choices", "n_choices", "answer_type") if row.get(name) is not None}
     if row.get("gold") is not None:
         problem["answer"] = str(row["gold"])

@@ -92,6 +92,7 @@ PROBLEM_FIELDS: dict[str, pa.DataType] = {
     "choices": pa.list_(TEXT),  # options of a multiple-choice question
     "subject": TEXT,  # the benchmark's own category: for error profiles, never in a prompt
     "level": TEXT,
+    "answer_type": TEXT,  # how to compare the gold where the benchmark says so: TheoremQA's `float`, `bool`…
 }
 """A problem: a question whose answer is known."""
 

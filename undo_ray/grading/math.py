@@ -65,7 +65,7 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
     if not gold:
         shown = str(problem["answer"])[:80]
         raise UserError(f"problem {problem.get('id')}: answer {shown!r} holds no mathematics; correct or drop the row")
-    found = extract(text)
+    found = text if text.strip() == str(problem["answer"]).strip() else extract(text)
     if found is None:
         return Verdict(correct=False, answer=None, reason=NO_ANSWER)
     written = found[:MAX_LENGTH].encode("utf-8", "replace").decode()  # a lone surrogate cannot be stored

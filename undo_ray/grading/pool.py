@@ -3,8 +3,9 @@
 Mathematical equivalence is undecidable and its checkers hang (huggingface/Math-Verify#65), their own time-outs need signals and
 so the main thread (Math-Verify#50), and what they do with hostile text is nobody's promise. So answers are judged in workers
 (worker.py) without network, secrets or the right to write. The pool works from any thread, inside Ray tasks too, and keeps the
-order of what it is given. A worker that is slow on one answer is set aside and another takes its place, so that a hang holds up
-nothing but itself; at its deadline it is killed, as is one that outgrows its memory, and its answer is a `timeout`.
+order of what it is given. A worker that is slow on one answer is stopped, another takes its place, and when the rest is done all
+that were set aside go on together: a hang holds up nothing, and an honest slow answer has the machine for itself. At its
+deadline a worker is killed, as is one that outgrows its memory, and its answer is a `timeout`.
 """
 
 from __future__ import annotations
@@ -38,13 +39,11 @@ BUSY: Final = 4
 MEMORY: Final = 1.0
 """GiB of address space for one worker; it starts with 0.4."""
 PATIENCE: Final = 0.1
-"""CPU seconds on one answer after which its worker is set aside for another, and gives way to it."""
-GIVE_WAY: Final = 10
-"""Niceness of a worker set aside: a tenth of a busy core, enough for an honest second within `BUSY` deadlines."""
+"""CPU seconds on one answer after which its worker is set aside for another; few answers need as much."""
 LOOK: Final = 0.05
 """Seconds between two looks at the workers' clocks."""
 SET_ASIDE: Final = 8
-"""Slow workers per regular one, at most."""
+"""Workers set aside per regular one, at most, before they go on."""
 BATCH: Final = 32
 """Answers sent to a worker at a time, at most."""
 FIELDS: Final = ("id", "answer", "choices", "n_choices", "answer_type")
@@ -99,7 +98,14 @@ class Pool:
         with selectors.DefaultSelector() as selector:
             try:
                 while len(verdicts) < len(jobs):
-                    while waiting and self._may_start(busy):
+                    at_work, aside = [w for w in busy if not w.aside], [w for w in busy if w.aside]
+                    full = len(aside) >= SET_ASIDE * self.workers
+                    if len(at_work) < self.workers and (full or not waiting):
+                        for worker in aside:
+                            worker.go_on()
+                    for _ in range(0 if full else self.workers - len(at_work)):
+                        if not waiting:
+                            break
                         worker = self._idle.pop() if self._idle else self._source.fork(self.memory)
                         size = max(1, min(BATCH, len(waiting) // (2 * self.workers)))
                         worker.send({index: jobs[index] for index in (waiting.popleft() for _ in range(size))})
@@ -122,11 +128,6 @@ class Pool:
                     worker.kill()
         return [verdicts[index] for index in range(len(jobs))]
 
-    def _may_start(self, busy: Sequence[_Worker]) -> bool:
-        slow = sum(worker.slow for worker in busy)
-        return len(busy) - slow < self.workers and slow < SET_ASIDE * self.workers
-
-
 @cache
 def shared(deadline: float, memory: float) -> Pool:
     """This process's pool of one worker, for tasks that Ray already runs side by side; its start is paid once a process."""
@@ -139,16 +140,15 @@ class _Worker:
     def __init__(self, pid: int, channel: socket.socket):
         self.channel = channel
         self.process = os.pidfd_open(pid)  # a number could be somebody else's by the time of the kill
-        self._pid = pid
         self._clock = (~pid << 3) | 2  # the clock of another process's CPU time (linux/posix-timers.h)
         self.jobs: deque[int] = deque()
-        self.slow = self.dead = False
+        self.slow = self.aside = self.dead = False
         self._since = self._spent = 0.0
         self._rest = b""
 
     @property
     def fit(self) -> bool:
-        """Whether it can take another batch; one that was set aside is still at jobs it no longer has."""
+        """Whether it can take another batch; one that was set aside goes on with jobs that others have by now."""
         return not (self.slow or self.dead)
 
     def send(self, batch: Mapping[int, Job]) -> None:
@@ -183,24 +183,34 @@ class _Worker:
 
     def judge(self, deadline: float) -> dict[int, Verdict]:
         """The verdict `timeout` on a job that is past its deadline or has cost the worker its life."""
+        if self.aside:
+            return {}
         wall, spent = time.monotonic() - self._since, self._cpu() - self._spent
         if self.jobs and (self.dead or wall >= BUSY * deadline or (wall >= deadline and spent >= deadline / 5)):
             self.dead = True
             return {self.jobs.popleft(): Verdict(False, None, TIMEOUT)}
         if self.jobs and not self.slow and (spent >= PATIENCE or wall >= deadline):
-            self.slow = True
-            with suppress(ProcessLookupError):
-                os.setpriority(os.PRIO_PROCESS, self._pid, GIVE_WAY)
+            self.slow = self.aside = True
+            self._signal(signal.SIGSTOP)
         return {}
+
+    def go_on(self) -> None:
+        """Take up the job it was set aside for, with a whole deadline."""
+        self.aside = False
+        self._signal(signal.SIGCONT)
+        self._begin()
 
     def given_back(self) -> list[int]:
         """The jobs that others must do, last first: all of a dead worker's, and those behind one that takes long."""
         kept = 0 if self.dead else 1 if self.slow else len(self.jobs)
         return [self.jobs.pop() for _ in range(len(self.jobs) - kept)]
 
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):  # it is dead already
+            signal.pidfd_send_signal(self.process, number)
+
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.process, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         os.close(self.process)
         self.channel.close()
 

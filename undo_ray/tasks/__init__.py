@@ -1,9 +1,9 @@
-"""Tasks: where a benchmark's questions come from, and which role each plays in a run.
+"""Tasks: where a benchmark's questions come from. docs/tasks.md shows how to add one.
 
 A benchmark is one `Task`, in one small file. Rows come from the Hugging Face hub, from a local folder in the hub's
-layout or in the normalised one (`id, question, answer`, optionally `choices, subject, level`), or from a generator.
-Whatever the way, the same row has the same id. A user's own benchmark is a `Task` in a module of theirs, named
-`package.module:NAME` in the recipe.
+layout or in the normalised one (`id, question, answer`, optionally `choices, subject, level, answer_type`), or from a
+generator. Whatever the way, the same row has the same id. A user's own benchmark is a `Task` in a module of theirs,
+named `package.module:NAME` in the recipe.
 """
 
 from __future__ import annotations
@@ -12,22 +12,29 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from undo_ray.grading import grade
-from undo_ray.types import PROBLEM_FIELDS, SELECT, SHOW, TRAIN, UserError
+from undo_ray.types import PROBLEM_FIELDS, Row, UserError
 
 TASKS: dict[str, str] = {
     "gsm8k": "undo_ray.tasks.gsm8k:GSM8K",
+    "math": "undo_ray.tasks.math:MATH",
     "mini": "undo_ray.tasks.mini:MINI",
+    "mmlu_pro": "undo_ray.tasks.mmlu_pro:MMLU_PRO",
+    "numina": "undo_ray.tasks.numina:NUMINA",
+    "strategyqa": "undo_ray.tasks.strategyqa:STRATEGYQA",
     "svamp": "undo_ray.tasks.svamp:SVAMP",
+    "theoremqa": "undo_ray.tasks.theoremqa:THEOREMQA",
 }
 """Name -> `module:NAME`, imported when asked for. A literal, so that it is the same on every Ray worker."""
 
-Rows = list[dict[str, Any]]
+FILES = (".jsonl", ".parquet")
+"""Endings of the files that rows are read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,21 @@ class Task:
     splits: tuple[str, ...]
     hub: tuple[str, str | None] = ("", None)
     """Data set id and configuration on the Hugging Face hub."""
+    parts: Mapping[str, tuple[tuple[str, str | None, str], ...]] = field(default_factory=dict)
+    """Splits that lie elsewhere or in several places: split -> (data set id, configuration, split there), in order."""
     columns: tuple[str, ...] = ()
     """The columns of a hub row that `from_hub` reads."""
     from_hub: Callable[[Mapping[str, Any], int, str], dict[str, Any]] | None = None
     """(hub row, its index in hub order, split) -> `id`, `question`, `answer` and any other problem fields it has."""
-    generate: Callable[[str], Rows] | None = None
+    rule: Callable[[Mapping[str, Any]], tuple[bool, str] | None] | None = None
+    """Row in either layout -> (whether it is used, what is odd about it), to be counted; None for an ordinary row."""
+    sifted: bool = False
+    """Collected at large: rows whose gold answer the grader refuses are left out and counted, where it is an error else."""
+    hashed_ids: bool = False
+    """Ids are made from the question, for hub rows carry none and files of them carry others."""
+    templated: bool = False
+    """Questions are filled-in templates and share their wording: only equal ones are duplicates (see `clean`)."""
+    generate: Callable[[str], list[Row]] | None = None
     """split -> rows, for a benchmark that is computed; it then needs no folder and no hub."""
     reference: str = ""
     """What the recipe calls it, so that a row finds its grader on any worker. Set by `get`."""
@@ -74,81 +91,103 @@ def get(reference: str) -> Task:
 
 
 def parse_source(text: str, default_split: str) -> tuple[Task, str]:
-    """A recipe's source, `TASK` or `TASK/SPLIT`, as (task, split). Raises UserError for an unknown task or split."""
+    """A recipe's source, `TASK`, `TASK/SPLIT` or `TASK/FILE.jsonl`, as (task, split or file).
+
+    Raises UserError for an unknown task or split.
+    """
     reference, _, split = text.strip().partition("/")
     task = get(reference)
     split = split or default_split
-    if split not in task.splits:
-        raise UserError(f"source {text!r}: task {reference} has no split {split!r}; use one of {', '.join(task.splits)}")
+    if split not in task.splits and not split.endswith(FILES):
+        remedy = f"use one of {', '.join(task.splits)}, or a file: {reference}/PATH.jsonl"
+        if split == "train":
+            remedy = f"it has no training questions: name another task such as numina, or a file: {reference}/PATH.jsonl"
+        raise UserError(f"source {text!r}: task {reference} has no split {split!r}; {remedy}")
     return task, split
 
 
-def load(task: Task, split: str, directory: str | None) -> Rows:
-    """All problems of a split, in the benchmark's order; each row has exactly the keys of `PROBLEM_FIELDS`.
+def load(task: Task, split: str, directory: str | None) -> tuple[list[Row], dict[str, int]]:
+    """All problems of a split in the benchmark's order, each with exactly the keys of `PROBLEM_FIELDS`, and how many rows
+    were left out or are odd, by reason (`left out: needs a picture`).
 
-    `directory` is the task's folder or the folder that holds it; None is the hub. Raises UserError for a folder, file
-    or column that is not there, an unreadable or incomplete row, a repeated id, a gold answer that its own grader
-    does not accept, and an empty split.
+    `split` may be the path of a file. `directory` is the task's folder or the folder that holds it; None is the hub.
+    Raises UserError for a folder, file or column that is not there, an unreadable or incomplete row, a repeated id, a gold
+    answer that its own grader does not accept, and an empty split.
     """
-    if split not in task.splits:
-        raise UserError(f"task {task.name} has no split {split!r}; use one of {', '.join(task.splits)}")
-    numbered: Iterable[tuple[int, Any]]
-    if task.generate:
-        where, numbered = task.name, enumerate(task.generate(split), 1)
-    elif directory is None:
-        where, numbered = f"{task.hub[0]} {split}", enumerate(_hub_rows(task, split), 1)
-    else:
-        path = _find(task, split, Path(directory).expanduser())
-        where, numbered = str(path), _file_rows(path)
+    counts: Counter[str] = Counter()
+    rows = [problem for _, problem in _problems(task, split, directory, counts)]
+    return rows, dict(counts)
 
-    problems: Rows = []
-    seen: dict[str, int] = {}
-    for index, (line, row) in enumerate(numbered):
-        problem = _problem(task, split, row, index, f"{where}, row {line}")
-        first = seen.setdefault(problem["id"], line)
-        if first != line:
-            raise UserError(f"{where}: id {problem['id']!r} in rows {first} and {line}; ids must differ, rename or drop one")
-        problems.append(problem)
-    if not problems:
+
+def by_own_id(task: Task, split: str, directory: str | None) -> dict[str, Row]:
+    """The problems of a split in the normalised layout by the ids in its file, for joining recorded answers to them."""
+    return {str(row["id"]): problem for row, problem in _problems(task, split, directory, Counter()) if "id" in row}
+
+
+def _problems(task: Task, split: str, directory: str | None, counts: Counter[str]) -> Iterator[tuple[Any, Row]]:
+    """(row as it came, problem) of every row that is used; adds to `counts` what is left out or odd."""
+    where, placed = _source(task, split, directory)
+    seen: dict[str, str] = {}
+    for index, (place, row) in enumerate(placed):
+        problem = _problem(task, Path(split).stem, row, index, f"{where}, row {place}")
+        used, odd = (task.rule and task.rule(row)) or (True, None)
+        if odd:
+            counts[f"{'kept' if used else 'left out'}: {odd}"] += 1
+        if not used:
+            continue
+        if fault := _fault(problem, task.kind):
+            if not task.sifted:
+                raise UserError(f"{where}, row {place}: {fault}")
+            counts["left out: question or gold answer unusable"] += 1
+            continue
+        first = seen.setdefault(problem["id"], place)
+        if first != place:
+            raise UserError(f"{where}: id {problem['id']!r} in rows {first} and {place}; ids must differ, rename or drop one")
+        yield row, problem
+    if not seen:
         raise UserError(f"{where}: split {split!r} of {task.name} is empty; put rows in it or name another split")
-    return problems
 
 
-def _problem(task: Task, split: str, row: Any, index: int, where: str) -> dict[str, Any]:
-    """One row in any layout as a problem, checked."""
+def _problem(task: Task, split: str, row: Any, index: int, where: str) -> Row:
+    """One row in any layout as a problem."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
-    if "id" in row:
-        wanted: Sequence[str] = ("id", "question", "answer")
-        found: Mapping[str, Any] = row
-    else:
-        wanted, found = task.columns, row
+    wanted = ("id", "question", "answer") if "id" in row else task.columns
     if not wanted or any(name not in row for name in wanted):
         layouts = " or ".join(", ".join(names) for names in (("id", "question", "answer"), task.columns) if names)
         missing = ", ".join(name for name in wanted if name not in row) or "id"
         raise UserError(f"{where}: no column {missing} (there are {', '.join(map(str, row))}); {task.name} needs {layouts}")
+    found = row
     if "id" in row:
         found = {**row, "id": f"{task.name}/{split}/{_key(str(row['id']), task.name, split)}"}
     elif task.from_hub:
         found = task.from_hub(row, index, split)
-    for name in ("question", "answer"):
-        value = found.get(name)
-        if not (isinstance(value, str) and value.strip()):
-            raise UserError(f"{where}: {name} must be a text that is not empty, not {value!r:.60}; correct or drop the row")
-    problem = {name: found.get(name) for name in PROBLEM_FIELDS}
-    problem |= {"task": task.reference or task.name, "split": split}
-    if problem.get("level") is not None:
+    problem = {name: found.get(name) for name in PROBLEM_FIELDS} | {"task": task.reference or task.name, "split": split}
+    if task.hashed_ids:
+        question = str(problem["question"]).encode("utf-8", "replace")
+        problem["id"] = f"{task.name}/{split}/{hashlib.sha256(question).hexdigest()[:12]}"
+    if isinstance(problem["answer"], str):
+        problem["answer"] = problem["answer"].strip()
+    if problem["level"] is not None:
         problem["level"] = str(problem["level"])
+    return problem
+
+
+def _fault(problem: Row, kind: str) -> str | None:
+    """What makes a problem unusable, with the remedy; None when nothing does."""
+    for name in ("question", "answer"):
+        value = problem[name]
+        if not (isinstance(value, str) and value.strip()):
+            return f"{name} must be a text that is not empty, not {value!r:.60}; correct or drop the row"
     try:
         json.dumps(problem, ensure_ascii=False).encode()
-        accepted = grade(found["answer"], problem, task.kind).correct
+        if grade(problem["answer"], problem, kind).correct:
+            return None
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half a surrogate pair ({error.reason}); correct or drop the row") from error
+        return f"half a surrogate pair ({error.reason}); correct or drop the row"
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    if not accepted:
-        raise UserError(f"{where}: the {task.kind} grader refuses the answer {found['answer'][:60]!r}; correct or drop the row")
-    return problem
+        return str(error)
+    return f"the {kind} grader refuses the answer {problem['answer'][:60]!r}; correct or drop the row"
 
 
 def _key(own: str, name: str, split: str) -> str:
@@ -158,8 +197,26 @@ def _key(own: str, name: str, split: str) -> str:
     return own
 
 
-def _find(task: Task, split: str, directory: Path) -> Path:
-    """The file of a split: normalised before hub layout, `DIR/<task>/` before `DIR/`."""
+def _source(task: Task, split: str, directory: str | None) -> tuple[str, Iterable[tuple[str, Any]]]:
+    """(what to call it in a message, (row number, row) of a split in its order)."""
+    if split.endswith(FILES):
+        path = Path(split).expanduser()
+        return str(path), file_rows(path)
+    if task.generate:
+        return task.name, ((str(number), row) for number, row in enumerate(task.generate(split), 1))
+    parts = task.parts.get(split) or ((*task.hub, split),)
+    if directory is None:
+        if not parts[0][0]:
+            raise UserError(f"task {task.name} is not on the hub; set data.dir to a folder with {task.name}/{split}.jsonl")
+        return f"{parts[0][0]} {split}", (row for part in parts for row in _hub_rows(task, *part))
+    folder, paths = _find(task, split, Path(directory).expanduser())
+    if len(paths) == 1:
+        return str(paths[0]), file_rows(paths[0])
+    return str(folder), ((f"{number} of {path.relative_to(folder)}", row) for path in paths for number, row in file_rows(path))
+
+
+def _find(task: Task, split: str, directory: Path) -> tuple[Path, list[Path]]:
+    """(the task's folder, the files of a split): one file of the whole split before the hub's parts."""
     if not directory.is_dir():
         raise UserError(f"data folder {directory} is not there; set data.dir to a folder with {task.name}/{split}.jsonl")
     folder = directory / task.name
@@ -170,114 +227,66 @@ def _find(task: Task, split: str, directory: Path) -> Path:
                 f"data folder {directory} holds {directory.name}, not {task.name}; set data.dir to the folder above it"
             )
         folder = directory
-    names = [f"{part}{split}{end}" for end in (".jsonl", ".parquet") for part in ("", "raw/")]
-    shards = [f"{part}/{split}-00000-of-00001.parquet" for part in (task.hub[1], "data") if part]
-    for name in (*names, *shards):
+    single = [f"{part}{split}{end}" for end in FILES for part in ("", "raw/")]
+    for name in single:
         if (folder / name).is_file():
-            return folder / name
-    raise UserError(
-        f"no file for {task.name} {split} in {folder}: tried {', '.join((*names, *shards))}; add one or set data.dir"
-    )
+            return folder, [folder / name]
+    found: list[Path] = []
+    for source, config, part in task.parts.get(split) or ((*task.hub, split),):
+        stems = [f"{config}/{part}"] if config else [f"data/{part}"] * (split not in task.parts)
+        stems += [f"{up}{source.rpartition('/')[2]}/{f'{config}/' if config else ''}{part}" for up in ("", "raw/") if source]
+        names = [f"{stem}{end}" for stem in stems for end in (".jsonl", "-*.parquet")]
+        files = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
+        shards = re.search(r"-of-0*(\d+)", files[-1].name) if files else None
+        wrong = "" if files else f"tried {', '.join((*single, *names))}"
+        if shards and int(shards[1]) != len(files):
+            wrong = f"{len(files)} of {int(shards[1])} shards"
+        if wrong:
+            raise UserError(f"no file for {task.name} {split} in {folder}: {wrong}; add one or set data.dir")
+        found += files
+    return folder, found
 
 
-def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(1-based row or line number, row) of a file. Lines end at "\\n" alone: texts hold U+2028 and U+0085."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({_line(error)}); fetch it again") from error
-        return
     try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((str(number), row) for number, row in enumerate(rows, 1))
+            return
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield number, json.loads(line)
+                        yield str(number), json.loads(line)
                     except (ValueError, RecursionError) as error:
                         raise UserError(f"{path}, line {number}: not JSON ({_line(error)}); write one object a line") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text ({_line(error)}); fix or replace the file") from error
+    except (OSError, ValueError) as error:
+        kind = "Parquet" if path.suffix == ".parquet" else "UTF-8 text"
+        raise UserError(f"{path}: not readable as {kind} ({_line(error)}); fix, fetch again or name another file") from error
 
 
-def _hub_rows(task: Task, split: str) -> Iterable[Any]:
+def _hub_rows(task: Task, source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as error:
         raise UserError(
             f"{task.name}: reading from the hub needs `datasets`; install it, or set data.dir to a local folder"
         ) from error
     try:
-        return load_dataset(*task.hub, split=split)
+        rows = datasets.load_dataset(source, config, split=split)
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):  # whether there is one is all that counts
+                rows = rows.cast_column(name, datasets.Image(decode=False))
     except Exception as error:  # whatever the network, the cache or the data set's files do wrong
         raise UserError(
-            f"{task.name}: {task.hub[0]} {split} did not load from the hub ({_line(error)}); set data.dir to a folder"
+            f"{task.name}: {source} {split} did not load from the hub ({_line(error)}); set data.dir to a folder"
         ) from error
+    yield from ((str(number), row) for number, row in enumerate(rows, 1))
 
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def draw(rows: Iterable[Mapping[str, Any]], size: int | None, seed: int, salt: str) -> Rows:
-    """`size` rows (None: all) in the order of sha256(seed, salt, id): the same ones in any file order, no state, no
-    generator.
-
-    Raises UserError when there are fewer.
-    """
-
-    def rank(row: Mapping[str, Any]) -> bytes:
-        return hashlib.sha256(f"{seed}\n{salt}\n{row['id']}".encode()).digest()
-
-    ranked = [dict(row) for row in sorted(rows, key=rank)]
-    if size is not None and size > len(ranked):
-        raise UserError(f"{salt}: {size} questions asked for, {len(ranked)} there; ask for fewer")
-    return ranked[:size]
-
-
-def roles(
-    train_rows: Sequence[Mapping[str, Any]],
-    validation_rows: Sequence[Mapping[str, Any]] | None,
-    *,
-    show: int,
-    select: int,
-    seed: int,
-    train_limit: int | None = None,
-    shared: bool = False,
-) -> tuple[Rows, int]:
-    """The rows of a run with `split` set to train, show or select, and how many training rows were removed as
-    duplicates.
-
-    `show` and `select` are disjoint draws, free of repeated questions, from `validation_rows`, or else from
-    `train_rows`, which then lose them. `shared` draws `show` questions for both uses, marked show alone. A training
-    row that asks the same as one of them (letter case, punctuation and spacing aside) is removed and counted.
-    `train_limit` draws from what is left; fewer than that many are all taken. Raises UserError when validation asks
-    for more than there is, or no training row is left.
-    """
-    pool: dict[str, dict[str, Any]] = {}
-    for row in draw(train_rows if validation_rows is None else validation_rows, None, seed, "validation"):
-        pool.setdefault(normal(row["question"]), row)
-    need = show if shared else show + select
-    if need > len(pool):
-        keys = "data.show" if shared else "data.show + data.select"
-        source, remedy = ("training", " or name data.validation") if validation_rows is None else ("its source", "")
-        raise UserError(
-            f"validation larger than {source}: {keys} = {need}, but there are {len(pool)} different questions; "
-            f"lower {'it' if shared else 'them'}{remedy}"
-        )
-    held = list(pool.values())[:need]
-    questions = {normal(row["question"]) for row in held}
-    left = [row for row in train_rows if normal(row["question"]) not in questions]
-    removed = len(train_rows) - len(left) - (need if validation_rows is None else 0)
-    if not left:
-        raise UserError(f"no training question is left beside {need} validation questions; lower data.show and data.select")
-    train = draw(left, None, seed, "train")[:train_limit]
-    marked = ((TRAIN, train), (SHOW, held[:show]), (SELECT, held[show:]))
-    return [{**row, "split": split} for split, rows in marked for row in rows], removed
-
-
-def normal(question: str) -> str:
-    """A question without letter case, punctuation and spacing: equal texts ask the same."""
-    return " ".join(re.findall(r"\w+", question.casefold()))

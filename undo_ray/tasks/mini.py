@@ -26,5 +26,6 @@ MINI = Task(
     kind="number",
     instruction="",
     splits=tuple(SIZES),
+    templated=True,
     generate=_generate,
 )
