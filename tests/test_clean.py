@@ -140,7 +140,11 @@ def real(data_dir: Path) -> Callable[[str], list[dict[str, Any]]]:
 TEST_FILES = ("gsm8k/test", "math/test", "svamp/test", "mmlu_pro/test", "strategyqa/test", "theoremqa/test")
 
 
-@pytest.mark.parametrize("name", ["gsm8k/train", "math/train", "svamp/train", "strategyqa/train"])
+REMOVED = {"gsm8k/train": (0, 115), "math/train": (67, 2147), "svamp/train": (0, 422), "strategyqa/train": (1, 0)}
+"""Equal to a test question, sharing 8 words with one: the table of docs/tasks.md."""
+
+
+@pytest.mark.parametrize("name", REMOVED)
 def test_no_real_question_is_left_that_overlaps_by_the_rule_of_open_r1(real: Callable[..., Any], name: str) -> None:
     """Its `decontaminate.py`: lower case, split at spaces, 8 words. Ours also looks past punctuation: a few more go."""
     held = [found for file in TEST_FILES for found in real(file)]
@@ -152,6 +156,7 @@ def test_no_real_question_is_left_that_overlaps_by_the_rule_of_open_r1(real: Cal
     theirs = sum(bool(grams(found["question"]) & shared) for found in rows)
     ours = sum(finding["kind"].startswith("test") for finding in removed)
     assert theirs <= ours <= 1.1 * theirs + 30
+    assert tuple(sum(finding["kind"] == kind for finding in removed) for kind in ("test", "test_ngram")) == REMOVED[name]
     assert len({found["id"] for found in kept}) == len(kept)
 
 
@@ -369,9 +374,9 @@ def test_what_is_removed_is_in_the_record_and_listed_and_a_test_added_later_is_c
     folder = tmp_path / "data" / "gsm8k"
     folder.mkdir(parents=True)
     asked = {f"{i}": f"How much is {i} and one?" for i in range(30)}
-    asked |= {"copy": "how much is 3 and one", "leak": f"{LONG}. Why?", "later": "Is it two?"}
+    asked |= {"copy": "how much is 3 and one", "leak": f"{LONG}. Why?", "added": "Is it two?"}
     held = {"0": f"{LONG}. How many?", "1": "How much is 5 and one?"}
-    for name, questions in (("train", asked), ("test", held), ("late", {"0": asked["later"]})):
+    for name, questions in (("train", asked), ("test", held), ("late", {"0": asked["added"]})):
         rows = [{"id": id, "question": question, "answer": "1"} for id, question in questions.items()]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(found) + "\n" for found in rows))
     recipe = tmp_path / "recipe.toml"
@@ -408,9 +413,8 @@ def test_what_is_removed_is_in_the_record_and_listed_and_a_test_added_later_is_c
     stages = [json.loads(path.read_text())["figures"] for path in sorted(run_dir.glob("tests/*/problems/manifest.json"))]
     overlaps = [stage["overlap"] for stage in stages]
     assert {} in overlaps and len(overlaps) == 2
-    [(where, kinds_found)] = next(found for found in overlaps if found).items()
-    assert where.endswith(f" / {late}") and kinds_found == {"test": 1}
-    assert "were not removed though a test asks their like" in log.getvalue()
+    assert next(found for found in overlaps if found) == {late: {"train": {"test": 1}}}
+    assert "late.jsonl: its like was not removed" in log.getvalue()
 
 
 def test_the_miniature_world_is_drawn_as_ever() -> None:

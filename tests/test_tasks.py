@@ -216,6 +216,8 @@ def test_mini_is_generated() -> None:
         ([HUB, {**HUB, "answer": "six"}], ["row 2", "answer must be a text that is not empty"]),
         ([{**GOOD, "question": " "}], ["row 1", "question must be a text that is not empty"]),
         ([{**GOOD, "answer": 6}], ["row 1", "answer must be a text"]),
+        ([{**GOOD, "choices": "a or b"}], ["row 1", "choices must be a list of texts"]),
+        ([{**GOOD, "choices": ["a", 2]}], ["row 1", "choices must be a list of texts"]),
         ([{**GOOD, "answer": "many"}], ["row 1", "'many' is not a number"]),
         ([{**GOOD, "answer": "1/0"}], ["row 1", "not a number"]),
         (['{"id": "1", "question": "\\ud800", "answer": "6"}'], ["row 1", "surrogate"]),
@@ -345,6 +347,17 @@ def test_a_row_that_breaks_no_rule_but_is_malformed_is_an_error_unless_the_set_i
     assert "row 2: question must be a text" in refusal(lambda: load(get("math"), "train", str(tmp_path)))
     found, counts = load(get("numina"), "train", str(tmp_path))
     assert len(found) == 1 and counts == {"left out: question or gold answer unusable": 1}
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name not in ("mini", "numina")])
+def test_a_hub_row_of_wrong_types_is_one_line(tmp_path: Path, name: str) -> None:
+    task = get(name)
+    for wrong in (None, 7, [1], {"a": 1}, ""):
+        row = {**dict.fromkeys(task.columns, wrong), "answer_index": 1}
+        write(tmp_path / name / f"{task.splits[0]}.jsonl", row)
+        assert "correct or drop the row" in (message := refusal(lambda: load(task, task.splits[0], str(tmp_path)))) or (
+            "is empty" in message and name == "theoremqa"  # something stands where the picture would
+        )
 
 
 def test_the_letter_counts_where_letter_and_index_disagree(data: Path, tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def prepare(recipe: Recipe, out: Stage) -> None:
     rows, removed = sources.roles()
     _write(rows, out)
     counts = {role: sum(row["split"] == role for row in rows) for role in (TRAIN, SHOW, SELECT)}
-    out.note(**counts, sources=sources.figures, removed=_list(removed, out, "removed.jsonl"))
+    out.note(**counts, sources=sources.figures, removed=_counts(removed))
+    _list(removed, out, "removed.jsonl")
     for source, figures in sources.figures.items():
         if odd := [f"{count} {what}" for what, count in figures.items() if what != "rows"]:
             out.progress.say(f"{source}: {figures['rows']} questions; {', '.join(odd)}")
@@ -99,17 +100,21 @@ def prepare_tests(recipe: Recipe, out: Stage) -> None:
     """
     sources = _Sources(recipe)
     rows: list[Row] = []
-    overlap: list[Row] = []
+    overlap: dict[str, list[Row]] = {}
     for name, found in sources.tests().items():
         drawn = ranked(found, recipe.seed, "test")[: recipe.data.test_limit]
         rows += [{**row, "split": name} for row in drawn]
         tests = clean.Tests(drawn, sources.templated, recipe.data.clean == "ngram")
-        for asked in _committed(out):
-            overlap += [{**finding, "split": f"{asked[index]['split']} / {name}"} for index, finding in tests.find(asked)]
+        overlap[name] = [
+            {**finding, "split": asked[index]["split"], "test": name}
+            for asked in _committed(out)
+            for index, finding in tests.find(asked)
+        ]
     _write(rows, out)
-    out.note(sources=sources.figures, overlap=_list(overlap, out, "overlap.jsonl"))
-    if overlap:
-        out.progress.say(f"questions that were not removed though a test asks their like: {_said(out.figures['overlap'])}")
+    _list([finding for findings in overlap.values() for finding in findings], out, "overlap.jsonl")
+    out.note(sources=sources.figures, overlap={name: _counts(findings) for name, findings in overlap.items() if findings})
+    for name, counts in out.figures["overlap"].items():
+        out.progress.say(f"{name}: its like was not removed, for it is new to this run: {_said(counts)}")
 
 
 def _committed(out: Stage) -> Iterator[list[Row]]:
@@ -123,14 +128,18 @@ def _committed(out: Stage) -> Iterator[list[Row]]:
             yield pq.read_table(f"{place.path}/{file['name']}", filesystem=place.fs, columns=columns).to_pylist()
 
 
-def _list(findings: Sequence[Row], out: Stage, name: str) -> dict[str, dict[str, int]]:
-    """Write findings into the stage's folder, one a line; how many there are by split and kind."""
+def _list(findings: Sequence[Row], out: Stage, name: str) -> None:
+    """Write findings into the stage's folder, one a line."""
+    if findings:
+        (out.place / name).write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in findings).encode())
+
+
+def _counts(findings: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """How many findings there are by split and kind."""
     counts: dict[str, dict[str, int]] = {}
     for finding in findings:
         kinds = counts.setdefault(finding["split"], {})
         kinds[finding["kind"]] = kinds.get(finding["kind"], 0) + 1
-    if findings:
-        (out.place / name).write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in findings).encode())
     return counts
 
 

@@ -168,8 +168,8 @@ def _problem(task: Task, split: str, row: Any, index: int, where: str) -> Row:
         problem["id"] = f"{task.name}/{split}/{hashlib.sha256(question).hexdigest()[:12]}"
     if isinstance(problem["answer"], str):
         problem["answer"] = problem["answer"].strip()
-    if problem["level"] is not None:
-        problem["level"] = str(problem["level"])
+    for name in ("subject", "level", "answer_type"):
+        problem[name] = None if problem[name] is None else str(problem[name])
     return problem
 
 
@@ -179,6 +179,9 @@ def _fault(problem: Row, kind: str) -> str | None:
         value = problem[name]
         if not (isinstance(value, str) and value.strip()):
             return f"{name} must be a text that is not empty, not {value!r:.60}; correct or drop the row"
+    choices = problem["choices"]
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        return f"choices must be a list of texts, not {choices!r:.60}; correct or drop the row"
     try:
         json.dumps(problem, ensure_ascii=False).encode()
         if grade(problem["answer"], problem, kind).correct:

@@ -50,14 +50,14 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
     level = str(row.get("level")).removeprefix("Level ")
     return {
         "question": row["problem"],
-        "answer": boxed(row["solution"]),
+        "answer": boxed(str(row["solution"])),
         "subject": row.get("type") or row.get("subject"),
         "level": level if level.isdecimal() else None,
     }
 
 
 def _rule(row: Mapping[str, Any]) -> tuple[bool, str] | None:
-    return (False, "empty box") if "id" not in row and boxed(row["solution"]) == "" else None
+    return (False, "empty box") if "id" not in row and boxed(str(row["solution"])) == "" else None
 
 
 _EVERY_SUBJECT = {

@@ -26,7 +26,11 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
 
 def _rule(row: Mapping[str, Any]) -> tuple[bool, str] | None:
     index = row.get("answer_index")
-    return (True, "letter and index disagree, the letter counts") if index not in (None, ord(row["answer"]) - 65) else None
+    return (
+        (True, "letter and index disagree, the letter counts")
+        if index not in (None, "ABCDEFGHIJ".find(str(row["answer"])))
+        else None
+    )
 
 
 MMLU_PRO = Task(

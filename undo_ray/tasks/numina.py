@@ -27,13 +27,13 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
     return {
         "id": f"numina/{split}/{index}",
         "question": row["problem"],
-        "answer": boxed(row["solution"] or ""),
+        "answer": boxed(str(row["solution"])),
         "subject": row["source"],
     }
 
 
 def _rule(row: Mapping[str, Any]) -> tuple[bool, str] | None:
-    gold = row["answer"] if "id" in row else boxed(row["solution"] or "")
+    gold = str(row["answer"]) if "id" in row else boxed(str(row["solution"]))
     if gold is None:
         return False, "no box"
     if not gold:

@@ -17,7 +17,7 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
     return {
         "id": f"strategyqa/{split}/{index}",
         "question": row["question"],
-        "answer": {True: "yes", False: "no"}.get(row["answer"]),
+        "answer": "yes" if row["answer"] is True else "no" if row["answer"] is False else None,
         "subject": row["term"],
     }
 
