@@ -3,8 +3,8 @@
 Mathematical equivalence is undecidable and its checkers hang (huggingface/Math-Verify#65), their own time-outs need signals and
 so the main thread (Math-Verify#50), and what they do with hostile text is nobody's promise. So answers are judged in workers
 (worker.py) without network, secrets or the right to write. The pool works from any thread, inside Ray tasks too, and keeps the
-order of what it is given. A worker that is slow on one answer is stopped, another takes its place, and when the rest is done all
-that were set aside go on together: a hang holds up nothing, and an honest slow answer has the machine for itself. At its
+order of what it is given. A worker that is slow on one answer is stopped, another takes its place, and when the rest is done
+all that were set aside go on together: a hang holds up nothing, and an honest slow answer has the machine for itself. At its
 deadline a worker is killed, as is one that outgrows its memory, and its answer is a `timeout`.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -26,6 +27,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
+import psutil
+
 from undo_ray.grading import grader
 from undo_ray.types import TIMEOUT, UserError, Verdict
 
@@ -33,12 +36,12 @@ Job = tuple[str, Mapping[str, Any], str]
 """(what the model wrote, the problem, its answer kind)."""
 
 DEADLINE: Final = 5.0
-"""Seconds for one answer; the slowest of 2,100 recorded answers to MATH takes half a second. On a machine so busy that a worker
-got less than a fifth of them as CPU time it goes on, up to `BUSY` deadlines: a busy neighbour must not make answers wrong."""
+"""Seconds for one answer; the slowest of 2,100 recorded answers to MATH takes half a second. A worker that computes and got
+less than a fifth of them as CPU time goes on, up to `BUSY` deadlines: a busy neighbour must not make answers wrong."""
 BUSY: Final = 4
 MEMORY: Final = 1.0
 """GiB of address space for one worker; it starts with 0.4."""
-PATIENCE: Final = 0.1
+PATIENCE: Final = 0.2
 """CPU seconds on one answer after which its worker is set aside for another; few answers need as much."""
 LOOK: Final = 0.05
 """Seconds between two looks at the workers' clocks."""
@@ -128,6 +131,7 @@ class Pool:
                     worker.kill()
         return [verdicts[index] for index in range(len(jobs))]
 
+
 @cache
 def shared(deadline: float, memory: float) -> Pool:
     """This process's pool of one worker, for tasks that Ray already runs side by side; its start is paid once a process."""
@@ -140,10 +144,11 @@ class _Worker:
     def __init__(self, pid: int, channel: socket.socket):
         self.channel = channel
         self.process = os.pidfd_open(pid)  # a number could be somebody else's by the time of the kill
+        self._pid = pid
         self._clock = (~pid << 3) | 2  # the clock of another process's CPU time (linux/posix-timers.h)
         self.jobs: deque[int] = deque()
         self.slow = self.aside = self.dead = False
-        self._since = self._spent = 0.0
+        self._since = self._running = self._spent = 0.0
         self._rest = b""
 
     @property
@@ -172,7 +177,8 @@ class _Worker:
         return {self.jobs.popleft(): _verdict(line) for line in lines[: len(self.jobs)]}
 
     def _begin(self) -> None:
-        self._since, self._spent = time.monotonic(), self._cpu()
+        self._since = self._running = time.monotonic()
+        self._spent = self._cpu()
 
     def _cpu(self) -> float:
         try:
@@ -183,22 +189,28 @@ class _Worker:
 
     def judge(self, deadline: float) -> dict[int, Verdict]:
         """The verdict `timeout` on a job that is past its deadline or has cost the worker its life."""
-        if self.aside:
-            return {}
-        wall, spent = time.monotonic() - self._since, self._cpu() - self._spent
-        if self.jobs and (self.dead or wall >= BUSY * deadline or (wall >= deadline and spent >= deadline / 5)):
+        now, spent = time.monotonic(), self._cpu() - self._spent
+        if not self.dead and (self.aside or select.select([self.channel], [], [], 0)[0]):
+            return {}  # stopped, or it has answered since and the time went into another job
+        over = now - self._since >= deadline and (spent >= deadline / 5 or self._asleep())
+        if self.jobs and (self.dead or over or now - self._running >= BUSY * deadline):
             self.dead = True
             return {self.jobs.popleft(): Verdict(False, None, TIMEOUT)}
-        if self.jobs and not self.slow and (spent >= PATIENCE or wall >= deadline):
+        if self.jobs and not self.slow and spent >= PATIENCE:
             self.slow = self.aside = True
             self._signal(signal.SIGSTOP)
         return {}
 
     def go_on(self) -> None:
-        """Take up the job it was set aside for, with a whole deadline."""
-        self.aside = False
+        """Take up the job it was set aside for."""
+        self.aside, self._running = False, time.monotonic()
         self._signal(signal.SIGCONT)
-        self._begin()
+
+    def _asleep(self) -> bool:
+        try:
+            return psutil.Process(self._pid).status() == psutil.STATUS_SLEEPING
+        except psutil.NoSuchProcess:
+            return True
 
     def given_back(self) -> list[int]:
         """The jobs that others must do, last first: all of a dead worker's, and those behind one that takes long."""
