@@ -1,16 +1,21 @@
-"""What a text becomes in its row: judged, entered in the history, counted. Pure functions; no engine and no Ray."""
+"""What a text becomes in its row: judged, entered in the history, counted. Pure functions, but for the copies in quarantine."""
 
 import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from undo_ray import gap, generate, prompts
+from undo_ray.config import Engine, Recipe
 from undo_ray.grading.pool import shared
 from undo_ray.lessons import _to_lessons
-from undo_ray.types import ROWS
+from undo_ray.progress import Progress
+from undo_ray.store import Stage, open_run
+from undo_ray.types import ROWS, UserError
 
 QUESTION = {
     "id": "gsm8k/train/1",
@@ -336,3 +341,35 @@ def test_every_sample_of_a_row_has_a_seed_of_its_own_that_batches_do_not_change(
     assert generate._seeds(0, "rationale", 1, 2, {**ROW, "split": "show"}) == seeds[:2]
     assert not set(generate._seeds(0, "rationale", 2, 3, ROW)) & set(seeds)
     assert not set(generate._seeds(0, "attempt", 1, 3, ROW)) & set(seeds)
+
+
+# -- quarantine ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_the_engine_failed_on_are_copied_apart_and_too_many_of_them_fail_the_stage(cluster: None, tmp_path: Path) -> None:
+    import ray.data
+
+    broken = {**answer(0), **generation(None, None, "out of memory"), "verdict": verdict(False, None, "engine_error")}
+    rows = [{**ROW, "id": f"q{i}", "attempt": broken if i in (3, 7) else answer(0)} for i in range(10)]
+
+    def attempts(limit: float, out: Stage) -> None:
+        out.write(ray.data.from_arrow(pa.Table.from_pylist(rows, schema=ROWS)))
+        generate._figures(gap.total(gap.tally(rows)), out, Engine(max_errors=limit), "student")
+
+    recipe = Recipe.model_validate(
+        {"data": {"train": "gsm8k"}, "teacher": {"model": "t"}, "student": {"model": "s", "tokens": 1000}}
+    )
+    with open_run(str(tmp_path / "run"), recipe, {}, Progress()) as run:
+        step = run.round(1)
+        with pytest.raises(UserError) as caught:
+            step.once("attempts", attempts, 0.1)
+        place = tmp_path / "run/quarantine/round-01-attempts"
+        assert str(caught.value) == (
+            "attempts: the engine failed on 2 of 10 generations (limit student.engine.max_errors = 0.1); the first: "
+            f"out of memory; the rows are in {place}"
+        )
+        assert caught.value.exit_code == 1 and not (tmp_path / "run/round-01/attempts/manifest.json").exists()
+        step.once("attempts", attempts, 0.2)
+        assert step.manifests["attempts"]["figures"]["engine_errors"] == 2
+    copies = pq.read_table(place)
+    assert copies.schema.remove_metadata() == ROWS and sorted(copies.column("id").to_pylist()) == ["q3", "q7"]

@@ -312,16 +312,20 @@ def _figures(totals: Counter[str], out: Stage, engine: Engine, role: str) -> Non
         return
     place = out.quarantine
     place.remove()
-    errors = partial(_errors, column=ROLES[role][1])
-    failed = dataset(out.files()).filter(errors).materialize()
+    column = ROLES[role][1]
+    failed = dataset(out.files()).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
     failed.write_parquet(place.made().path, filesystem=place.fs)
     if failures > engine.max_errors * totals["n"]:
         raise UserError(
             f"{out.name}: the engine failed on {failures} of {totals['n']} generations (limit {role}.engine.max_errors = "
-            f"{engine.max_errors}); the first: {errors(failed.take(1)[0])[0]}; the rows are in {place.uri}",
+            f"{engine.max_errors}); the first: {_errors(failed.take(1)[0], column)[0]}; the rows are in {place.uri}",
             exit_code=1,
         )
 
 
 def _errors(row: Row, column: str) -> list[str]:
     return [generation["engine_error"] for generation in gap.made(row, column) if generation["engine_error"] is not None]
+
+
+def _failed(table: pa.Table, column: str) -> pa.Table:
+    return table.filter(pa.array([bool(_errors(row, column)) for row in table.to_pylist()], pa.bool_()))

@@ -119,13 +119,10 @@ def prepare_tests(recipe: Recipe, out: Stage) -> None:
 
 def _committed(out: Stage) -> Iterator[list[Row]]:
     """The questions of the loop as they were committed, a file at a time."""
-    step = Step(out.ledger, "", -1)
-    manifest, place = step.manifest("problems"), step.place / "problems"
-    assert manifest is not None, "tests are read after the problems are committed"
-    for file in manifest["files"]:
-        if file["name"].startswith(f"{manifest['try']}/rows/"):
-            columns = ["id", "task", "split", "question", "choices"]
-            yield pq.read_table(f"{place.path}/{file['name']}", filesystem=place.fs, columns=columns).to_pylist()
+    loop = Step(out.ledger, out.ledger.place, -1)
+    loop.made("problems")  # raises where they are not committed
+    for file in loop.files("problems"):
+        yield pq.read_table(file.path, filesystem=file.fs, columns=["id", "task", "split", "question", "choices"]).to_pylist()
 
 
 def _list(findings: Sequence[Row], out: Stage, name: str) -> None:
