@@ -10,11 +10,12 @@ import ray
 import ray.data
 
 from undo_ray import engines, gap, models, problems, report
-from undo_ray.config import Engine, Recipe
+from undo_ray.config import Engine, Recipe, identity
 from undo_ray.gap import Gap
 from undo_ray.generate import accept, attempt, explain, measure, test
 from undo_ray.progress import Progress
 from undo_ray.store import Run, open_run
+from undo_ray.track import Tracker
 from undo_ray.train import finetune
 from undo_ray.types import UserError
 
@@ -52,6 +53,7 @@ def undo(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
         gap_ref = ray.put(delta)
         records.append(step.commit(**report.round_figures(step, delta)))  # written last: it exists, the round is done
         run.progress.say(report.round_line(records[-1]))
+        run.progress.tracker.record(records[-1])
     return records
 
 
@@ -88,6 +90,7 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
         if known is not None:
             progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
             return known
+        progress.tracker = Tracker(recipe.track, held.place.uri, identity(recipe))  # a missing package stops here
         if not held.begun():
             problems.check(recipe)
         recipe = located(recipe)
@@ -100,6 +103,8 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> dict[str, Any]:
             if error.exit_code == 3 and (records := held.records()):
                 finish(recipe, held, records, "no_lessons")
             raise
+        finally:
+            progress.tracker.close()
         return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
 
 

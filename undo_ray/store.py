@@ -39,6 +39,8 @@ from undo_ray.place import Place
 from undo_ray.progress import Progress
 from undo_ray.types import UserError, now
 
+RESUME = "resume"
+
 
 @dataclass
 class Stage:
@@ -72,6 +74,11 @@ class Stage:
     @property
     def model(self) -> Place:
         return self.place / "model"
+
+    @property
+    def resume(self) -> Place:
+        """Beside the tries: what one try leaves for the next. It outlives a killed driver and goes when the stage commits."""
+        return self.ledger.place / os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path)) / RESUME
 
     def note(self, **figures: Any) -> None:
         """Figures for the round's record."""
@@ -158,13 +165,14 @@ class Step:
         place = self.place / name
         manifest = self.manifest(name)
         if manifest is None:
-            for stale in {place.leaf(info).split(os.sep)[0] for info in place.files()}:
+            for stale in {place.leaf(info).split(os.sep)[0] for info in place.files()} - {RESUME}:
                 (place / stale).remove()
             stage = Stage(name, self.k, place / f"try-{uuid.uuid4().hex[:8]}", self.run)
             start = time.monotonic()
             with self.run.progress.stage(name, self.k):
                 fn(*args, out=stage)
             manifest = self._commit(place, stage, time.monotonic() - start)
+            (place / RESUME).remove()
         self.manifests[name] = manifest
         return _made(place, manifest)
 
