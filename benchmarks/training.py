@@ -247,6 +247,7 @@ def through_ray(directory: str, spec: Student, steps: list[Tokens], place: Path)
 
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import ray
 
     from undo_ray import config, loop
     from undo_ray.place import Place
@@ -255,7 +256,8 @@ def through_ray(directory: str, spec: Student, steps: list[Tokens], place: Path)
     from undo_ray.train import _train
     from undo_ray.train.packing import PACKED
 
-    loop.start_ray(verbose=False)
+    if not ray.is_initialized():
+        loop.start_ray(verbose=False)
     packed = place / "packed"
     packed.mkdir(parents=True)
     rows = [

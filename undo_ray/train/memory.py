@@ -7,8 +7,8 @@ from typing import Any
 
 from undo_ray.config import Student
 
-PIECE_BYTES = 2 * 4 * 2**25
-"""Two fp32 copies of the logits that are held at a time (`model.PIECE`)."""
+PIECE = 2**25
+"""Logits that the loss holds at a time (`model.PIECE`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Shape:
     intermediate: int
     layers: int
     heads: int  # query heads × head size, in elements
-    kv: int  # key (or value) heads × head size, in elements
+    tied: bool  # head and embeddings are one matrix
 
     @classmethod
     def of(cls, lm: Any) -> Shape:
@@ -31,12 +31,17 @@ class Shape:
         size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         count = sum(p.numel() for p in lm.parameters())
         trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-        q, kv = c.num_attention_heads * size, c.num_key_value_heads * size
-        return cls(count, trained, c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, q, kv)
+        heads, tied = c.num_attention_heads * size, bool(c.tie_word_embeddings)
+        return cls(count, trained, c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, heads, tied)
+
+
+def bucket(parameters: int) -> int:
+    """Elements of a DeepSpeed buffer: its own defaults are sized for models of hundreds of billions."""
+    return min(50_000_000, max(1_000_000, parameters // 16))
 
 
 def need(shape: Shape, spec: Student) -> dict[str, float]:
-    """Bytes of one worker at its peak, by what they are for: weights, gradients, optimiser, activations, head.
+    """Bytes of one worker at its peak, by what they are for: weights, gradients, optimiser, buckets, activations, head.
 
     Without the runtime's own (CUDA context, NCCL, Python: 1–2 GB) and fragmentation.
     """
@@ -49,23 +54,31 @@ def need(shape: Shape, spec: Student) -> dict[str, float]:
     master = 4 * shape.trained / optimiser if deepspeed else 0
     of_weights = (2 if deepspeed and half else 4) * shape.parameters / weights
     if spec.sharding in ("fsdp2", "zero3"):  # the layer at work and the one after it, gathered
-        per_layer = (shape.parameters - 2 * shape.vocabulary * shape.hidden) / max(1, shape.layers)
-        of_weights += (2 if half else 4) * (2 * max(0.0, per_layer) + 2 * shape.vocabulary * shape.hidden)
-    if spec.sharding == "ddp" and workers > 1:
-        gradients = 1
+        ends = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden  # embeddings and head stay gathered
+        of_weights += (2 if half else 4) * (ends + 2 * (shape.parameters - ends) / max(1, shape.layers))
     tokens = spec.micro_tokens or spec.max_length
-    width = 2 if half else 4
-    # Kept for the backward pass by a layer: inputs of two norms (fp32 once more inside each), of the projections, queries,
-    # keys, values before and after rotation, attention's output, and the MLP's gate, its activation, up and product.
-    layer = 8 * shape.hidden + 3 * shape.heads + 4 * shape.kv + 4 * shape.intermediate
-    kept = shape.hidden * shape.layers + layer if spec.gradient_checkpointing else layer * shape.layers
-    head = 4 * shape.vocabulary * shape.hidden * (shape.trained == shape.parameters)
+    # Bytes that a layer keeps for its backward pass, counted on what autograd saves: both norms (input and normalised), the
+    # inputs of the projections, queries, keys and values as attention takes them (as many heads each), what it gives, and
+    # the MLP's gate, its activation, up and their product. Under autocast each projection casts its own input.
+    autocast = half and spec.sharding in ("none", "ddp")
+    if half:
+        layer = (26 if autocast else 16) * shape.hidden + 10.5 * shape.heads + 8 * shape.intermediate
+    else:
+        layer = 24 * shape.hidden + 20.25 * shape.heads + 16 * shape.intermediate
+    of_weights += 2 * shape.parameters * autocast  # its casts of the weights, kept for the backward pass
+    between = (2 if half and not autocast else 4) * shape.hidden
+    kept = between * shape.layers + layer if spec.gradient_checkpointing else layer * shape.layers
+    kept += 6 * between  # embedding, last norm, and what the head takes and gives back
+    logits = 8 if half else 4
+    # The gradient of the head as the loss sums it, and of tied embeddings before the two are added.
+    head = 4 * shape.vocabulary * shape.hidden * (1 + shape.tied) * (shape.trained == shape.parameters)
     return {
         "weights": of_weights,
         "gradients": 4 * shape.trained / gradients,
         "optimiser": 8 * shape.trained / optimiser + master,
-        "activations": float(width * tokens * kept),
-        "head": float(min(PIECE_BYTES, 8 * tokens * shape.vocabulary) + head),
+        "buckets": 4.0 * {"zero2": 2, "zero3": 5}.get(spec.sharding, 0) * bucket(shape.parameters),
+        "activations": float(tokens * kept),
+        "head": float(logits * min(PIECE, tokens * shape.vocabulary) + head),
     }
 
 

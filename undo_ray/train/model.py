@@ -125,6 +125,7 @@ class _HeadLoss(torch.autograd.Function):
             total += (norm - scores.gather(1, wanted)).sum()
             if of_hidden is None:
                 continue
+            # In place, and let go before the next piece: a piece is what sets the peak.
             scores.sub_(norm).exp_().scatter_add_(1, wanted, -torch.ones_like(norm))  # softmax − one-hot
             slope = scores.to(hidden.dtype)
             torch.mm(slope, low, out=of_hidden[start : start + size])
@@ -135,6 +136,7 @@ class _HeadLoss(torch.autograd.Function):
                     of_weight += slope.T @ part
             if of_bias is not None:
                 of_bias += scores.sum(0)
+            del scores, slope
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         ctx.types = [tensor.dtype if tensor is not None else None for tensor in given]
         return total

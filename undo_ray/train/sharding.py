@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from undo_ray.config import Student
+from undo_ray.train import memory
 from undo_ray.types import UserError
 
 
@@ -164,11 +165,20 @@ class Zero(Whole):
                 f'student.sharding = "{self.spec.sharding}" needs DeepSpeed; `pip install deepspeed`, or set it to "fsdp2"'
             ) from None
         stage = int(self.spec.sharding[-1])
+        bucket = memory.bucket(sum(p.numel() for p in self.net.parameters()))
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # steps differ in rows: the boundary is set by hand
             "gradient_clipping": self.spec.max_grad_norm,
-            "zero_optimization": {"stage": stage, "overlap_comm": self.device.type == "cuda"},
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": self.device.type == "cuda",
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": bucket,
+                "stage3_max_live_parameters": 2 * bucket,
+                "stage3_max_reuse_distance": 2 * bucket,
+            },
             "zero_allow_untested_optimizer": True,  # torch's AdamW, as in the other modes
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": self.spec.dtype == "bfloat16"},
