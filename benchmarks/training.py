@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --data DIR [--rows 200] [--rounds 3] [--json OUT]
 
-DIR holds gsm8k/train.jsonl and math/train.jsonl (columns question, answer or solution). A Llama of about 4M parameters on one
+DIR holds gsm8k/train.jsonl and math/train.jsonl (columns question, answer or solution). A Llama of 5M parameters on one
 CPU thread, fp32, unless a GPU is there. TRL (`pip install trl==1.16.0`) takes part when it is installed. Every variant trains
 the same chats and is timed in turn, `--rounds` times; the best of each counts. Tokens are those of chats, never padding; on a
 CPU the time is that of the process (all its threads), so that neighbours on the machine weigh less.
@@ -39,6 +39,7 @@ from undo_ray.config import Student
 from undo_ray.train import model, sharding
 from undo_ray.train.packing import rows_of, supervised_tokens
 from undo_ray.train.tokens import supervised
+from undo_ray.train.worker import peak_flops
 
 LENGTH = 1024
 BATCH = 16
@@ -303,13 +304,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200, help="chats of each set")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions; the best counts")
-    parser.add_argument("--geometry", choices=["4m", "1.5b"], default="4m", help="1.5b: Qwen2.5-1.5B's shape, bf16, on a GPU")
+    parser.add_argument("--geometry", choices=["5m", "1.5b"], default="5m", help="1.5b: Qwen2.5-1.5B's shape, bf16, on a GPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     shapes = {
-        "4m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
-        "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+        "5m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
+        "1.5b": {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "vocab_size": 151_936,
+        },
     }
     large = options.geometry == "1.5b"
     shape = {**shapes[options.geometry], "num_key_value_heads": 2}
@@ -353,6 +360,12 @@ def main() -> None:
             table.append((name, "padded, tokens/s", f"{speed['padded']:,.0f}"))
             table.append((name, "packed, tokens/s", f"{speed['packed']:,.0f}"))
             table.append((name, "packed ÷ padded, over the ideal of " + f"{ideal:.2f}", f"{efficiency:.2f}"))
+            if (best := peak_flops(DEVICE)) is not None:
+                from transformers import AutoModelForCausalLM
+
+                flops = model.flops_per_token(AutoModelForCausalLM.from_pretrained(directory))
+                result[name]["mfu"] = {which: rate * flops / best for which, rate in speed.items()}
+                table += [(name, f"MFU, {which}", f"{share:.1%}") for which, share in result[name]["mfu"].items()]
             if "trl" in speed:
                 result[name]["over_trl_packing"] = speed["packed"] / speed["trl"]
                 table.append((name, "TRL packed, tokens/s", f"{speed['trl']:,.0f}"))
