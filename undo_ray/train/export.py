@@ -56,17 +56,19 @@ def differs(directory: str, ids: list[int], trained: Tensor, exact: bool) -> str
 
 def vllm_differs(directory: str, engine: Engine, ids: list[int], trained: list[float]) -> str | None:
     """The same through vLLM, run as a task where the student's engine runs: log-probability of each token of `ids[1:]`."""
+    # Before vLLM is imported. In this process, and on CPUs with 1 GiB of cache and unbound threads, as undo_ray.engines has it.
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
     import vllm
 
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    arguments: dict[str, Any] = {
-        "enforce_eager": True,
-        "max_model_len": max(len(ids) + 1, engine.context or 0),
-        **engine.kwargs,
-    }
+    room = max(len(ids) + 1, engine.context or 0)
+    options: dict[str, Any] = {"enforce_eager": True, "max_model_len": room, "disable_log_stats": True}
     if not engine.resources.gpus:
-        arguments["enable_chunked_prefill"] = False
-    llm = vllm.LLM(model=directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **arguments)
+        options |= {"distributed_executor_backend": "uni", "enable_chunked_prefill": False}
+        options["max_num_batched_tokens"] = max(room, 8192)
+    options |= engine.kwargs
+    llm = vllm.LLM(model=directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
     [output] = llm.generate([{"prompt_token_ids": ids}], vllm.SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     loaded = [found[token].logprob for token, found in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)]
     apart = sum(abs(a - b) for a, b in zip(trained, loaded, strict=True)) / len(loaded)
