@@ -57,7 +57,13 @@ PLACEMENT = {
     "student.engine.resources.gpus": "0.5",
     "student.engine.max_errors": "0.5",
     "student.workers": "4",
-    "student.micro_batch": "8",
+    "track": '["tensorboard"]',
+    "student.sharding": '"fsdp2"',
+    "student.micro_tokens": "8",
+    "student.gradient_checkpointing": "true",
+    "student.checkpoint_steps": "8",
+    "student.checkpoint_minutes": "8",
+    "student.max_failures": "8",
     "student.resources.cpus": "2",
     "student.resources.gpus": "1",
 }
@@ -94,6 +100,12 @@ IDENTITY = {
     "student.max_grad_norm": "2",
     "student.max_length": "100",
     "student.dtype": '"bfloat16"',
+    "student.batch_tokens": "4000",
+    "student.held_out": "0.1",
+    "student.lora.rank": "8",
+    "student.lora.alpha": "8",
+    "student.lora.dropout": "0.1",
+    "student.lora.targets": '["q_proj"]',
     "student.sampling.temperature": "0.1",
     "student.engine.kind": '"transformers"',
     "student.engine.dtype": '"bfloat16"',
@@ -195,8 +207,7 @@ def test_a_bad_key_or_value_is_named_with_its_file(tmp_path: Path, old: str, new
     "override, expected",
     [
         ("student.epochs=2", "give exactly one of student.tokens and student.epochs"),
-        ("student.workers=3", "student.batch_size = 16 must be a multiple of student.workers = 3"),
-        ("student.micro_batch=5", "student.micro_batch = 5 must divide batch_size / workers = 16"),
+        ("student={model = 'm', epochs = 1, workers = 3, sharding = 'none'}", 'sharding = "none" trains on one worker, not 3'),
         ("data.select=0", "data.select = 0 leaves nothing to choose between rounds"),
         ("teacher.engine.tensor_parallel=16", "tensor_parallel = 16 needs as many resources.gpus, not 8"),
     ],
@@ -359,7 +370,7 @@ def test_the_identity_survives_json_unchanged(good: Path) -> None:
 
 
 def test_a_resolved_recipe_loads_back_from_its_json(good: Path) -> None:
-    recipe = config.load(good, ["student.micro_batch=4"])
+    recipe = config.load(good, ["student.micro_tokens=4"])
     assert config.Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "undo_ray"
 LAYERS = (
     ("types", "progress"),  # progress is a leaf: what a person sees while a stage works
     ("config", "frame", "prompts", "grading"),
-    ("place",),
+    ("place", "track"),
     ("lease",),
     ("gap", "store"),
     ("tasks", "models", "clean"),
@@ -39,7 +39,7 @@ NEVER = {
 LIGHT = ("types", "config", "prompts", "frame", "grading", "gap")
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets")
 
-CODE_LINES = 2_500
+CODE_LINES = 4_600
 DRIVER_LINES = 40
 
 

@@ -139,6 +139,19 @@ class Teacher(_Section):
     """token budget of the shown examples; whole examples are dropped beyond it and counted"""
 
 
+class Lora(_Section):
+    """Low-rank adapters in place of full fine-tuning; exported merged into the weights."""
+
+    rank: NonNegativeInt = 0
+    """of the adapters; 0 trains all weights"""
+    alpha: PositiveInt = 16
+    """an adapter counts alpha / rank times"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """before an adapter"""
+    targets: tuple[str, ...] = Field((), strict=False)
+    """names of the layers that get one; default: every linear layer but the head"""
+
+
 class Student(_Section):
     """Who learns."""
 
@@ -152,6 +165,8 @@ class Student(_Section):
     """passes over the lessons per round; give this or tokens"""
     batch_size: PositiveInt = 16
     """chats per optimiser step, over all workers"""
+    batch_tokens: PositiveInt | None = None
+    """tokens per optimiser step in place of batch_size: a step ends with the chat that reaches them"""
     learning_rate: float = Field(1e-5, gt=0)
     """peak learning rate of AdamW"""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
@@ -167,11 +182,25 @@ class Student(_Section):
     max_length: PositiveInt = 2048
     """tokens; longer chats are left out of training and counted"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """autocast type of training; master weights are fp32"""
+    """type that forward and backward passes compute in; master weights are fp32"""
+    lora: Lora = Lora()
+    """low-rank adapters"""
+    held_out: float = Field(0.02, ge=0, lt=1)
+    """share of the questions whose lessons are kept from training, to measure the student on before and after"""
+    sharding: Placed[Literal["none", "ddp", "fsdp2", "zero2", "zero3"]] = "ddp"
+    """how model and optimiser lie on the workers; docs/training.md says what each needs"""
     workers: Placed[PositiveInt] = 1
-    """data-parallel training workers, at an equal global batch"""
-    micro_batch: Placed[PositiveInt | None] = None
-    """chats per worker and forward pass; default: batch_size / workers"""
+    """training workers, at an equal global batch"""
+    micro_tokens: Placed[PositiveInt | None] = None
+    """tokens per worker and forward pass: chats are packed to it; default: max_length"""
+    gradient_checkpointing: Placed[bool] = False
+    """compute activations again in the backward pass in place of keeping them"""
+    checkpoint_steps: Placed[PositiveInt | None] = None
+    """steps between two checkpoints, beside checkpoint_minutes"""
+    checkpoint_minutes: Placed[float] = Field(15.0, gt=0)
+    """minutes between two checkpoints"""
+    max_failures: Placed[NonNegativeInt] = 3
+    """lost workers from which a round's training goes on at the last checkpoint"""
     resources: Placed[Placement] = Placement()
     """per training worker"""
     sampling: Sampling = Sampling()
@@ -183,11 +212,10 @@ class Student(_Section):
     def _amount(self) -> Student:
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError("give exactly one of student.tokens and student.epochs; `--set student.epochs=` unsets one")
-        if self.batch_size % self.workers:
-            raise ValueError(f"student.batch_size = {self.batch_size} must be a multiple of student.workers = {self.workers}")
-        per_worker = self.batch_size // self.workers
-        if self.micro_batch and per_worker % self.micro_batch:
-            raise ValueError(f"student.micro_batch = {self.micro_batch} must divide batch_size / workers = {per_worker}")
+        if self.sharding == "none" and self.workers > 1:
+            raise ValueError(
+                f'student.sharding = "none" trains on one worker, not {self.workers}; set "ddp", "fsdp2" or "zero3"'
+            )
         return self
 
 
@@ -236,6 +264,8 @@ class Recipe(_Section):
     """most rounds after round 0"""
     round0: Annotated[str, Field(pattern=r"^(run|lessons:.+|student:.+)$")] = "run"
     """`run`; `lessons:PATH` trains round 0 on given chats; `student:PATH` takes a trained student as it is"""
+    track: Placed[tuple[Literal["tensorboard", "wandb", "mlflow"], ...]] = Field((), strict=False)
+    """where training curves and the rounds' figures go, beside the run directory"""
     data: Data
     teacher: Teacher
     student: Student

@@ -10,13 +10,14 @@ import ray
 import ray.data
 
 from undo_ray import engines, gap, models, problems, report
-from undo_ray.config import Placement, Recipe
+from undo_ray.config import Placement, Recipe, identity
 from undo_ray.gap import Gap
 from undo_ray.generate import attempt, explain, measure, test
 from undo_ray.lessons import accept
 from undo_ray.place import Json
 from undo_ray.progress import Progress
 from undo_ray.store import Run, open_run
+from undo_ray.track import Tracker
 from undo_ray.train import finetune
 from undo_ray.types import UserError
 
@@ -54,6 +55,7 @@ def undo(recipe: Recipe, run: Run) -> list[Json]:
         gap_ref = ray.put(delta)
         records.append(step.commit(**report.round_figures(step, delta)))  # written last: it exists, the round is done
         run.progress.say(report.round_line(records[-1]))
+        run.progress.tracker.record(records[-1])
     return records
 
 
@@ -87,6 +89,7 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         if known := report.finished(held):
             progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
             return known
+        progress.tracker = Tracker(recipe.track, held.place.uri, identity(recipe))  # a missing package stops here
         if not held.begun():
             problems.check(recipe)
         recipe = located(recipe)
@@ -99,6 +102,8 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
             if error.exit_code == 3 and (records := held.records()):
                 finish(recipe, held, records, "no_lessons")
             raise
+        finally:
+            progress.tracker.close()
         return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
 
 

