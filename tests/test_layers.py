@@ -21,7 +21,7 @@ LAYERS = (
     ("tasks", "models", "clean"),
     ("problems", "engines", "train"),
     ("generate", "lessons"),
-    ("report",),
+    ("report", "regrade"),
     ("loop",),
     ("cli",),
     ("__main__",),
@@ -39,7 +39,7 @@ NEVER = {
 LIGHT = ("types", "config", "prompts", "frame", "grading", "gap")
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets")
 
-CODE_LINES = 4_600
+CODE_LINES = 5_000
 DRIVER_LINES = 40
 
 
