@@ -394,6 +394,9 @@ def test_what_is_removed_is_in_the_record_and_listed_and_a_test_added_later_is_c
         with open_run(str(run_dir), made, {}, Progress(log)) as run:
             run.once("problems", problems.prepare, made)
             run.tests(made).once("problems", problems.prepare_tests, made)
+            held = problems.held(run)
+    assert clean.leaks(f"So {LONG}, and then some.", "", held), "a lesson may not quote a test question"
+    assert clean.leaks(f"So {LONG}, and then some.", f"{LONG}. How many?", held) is None, "but its own"
 
     manifest = json.loads((run_dir / "problems/manifest.json").read_text())
     figures = manifest["figures"]
@@ -425,3 +428,19 @@ def test_the_miniature_world_is_drawn_as_ever() -> None:
     assert [ids(rows, split)[:2] for split in ("train", "show", "select")] == [
         [f"mini/train/{number}" for number in numbers] for numbers in ((63, 1631), (243, 286), (1768, 218))
     ]
+
+
+def test_golds_that_nobody_can_read_as_mathematics_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "numina").mkdir()
+    golds = ["\\frac{1}{2}", "7", "\\frac{1}{}+", "x^2 - 1", "\\begin{cases}"]
+    rows = [{"id": f"{i}", "question": f"What is number {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    (tmp_path / "numina/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[data]\ntrain = "numina"\ndir = "{tmp_path}"\nshow = 1\nselect = 1\n'
+        '[teacher]\nmodel = "t"\n[student]\nmodel = "s"\ntokens = 10\n'
+    )
+    sources = problems._Sources(config.load(recipe))
+    kept, _ = sources.roles()
+    assert sorted(row["answer"] for row in kept) == ["7", "\\frac{1}{2}", "x^2 - 1"]
+    assert sources.figures["numina/train"] == {"rows": 3, "left out: gold answer is no readable mathematics": 2}

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from undo_ray import gap, generate, prompts
+from undo_ray import clean, config, gap, generate, prompts
 from undo_ray.config import Engine, Recipe
 from undo_ray.grading.pool import shared
 from undo_ray.lessons import _to_lessons
@@ -148,6 +148,20 @@ def test_without_an_accepted_candidate_the_first_is_remembered_and_the_old_lesso
 def test_the_history_keeps_its_newest_entries_oldest_first() -> None:
     row = generate.explained({**ROW, "history": [past(0), past(1)]}, [candidate("a", None, 2)], 2, keep=2)
     assert [entry["round"] for entry in row["history"]] == [1, 2]
+
+
+def test_a_lesson_may_quote_its_own_question_and_no_held_one(cluster: None) -> None:
+    import ray
+
+    foreign = "nine ships leave the old harbour every day at noon"
+    held_ref = ray.put(clean.hashes([foreign, ROW["question"]]))
+    recipe = config.load(Path(__file__).parent.parent / "jobs/recipes/gsm8k.toml")
+    texts = [f"As {foreign}, it is 6.", f"{ROW['question']} It is 6.", "nine ships leave the old harbour. 6"]
+    generations = [generation(text) for text in texts]
+    judged = [(None, text, verdict(True, "6")) for text in texts]
+    row = generate._judge_rationales(ROW, generations, judged, 0, recipe, held_ref)
+    assert [found["refused"] for found in row["candidates"]] == ["leak", None, None]
+    assert row["lesson"]["rationale"] == texts[1]
 
 
 def test_a_row_that_was_not_asked_loses_its_old_candidates_alone() -> None:

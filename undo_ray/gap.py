@@ -150,7 +150,7 @@ def shuffled(cases: Sequence[Case], seed: int) -> tuple[Case, ...]:
 
 
 def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = False) -> str | None:
-    """Why a graded candidate is no lesson: its verdict's reason, `wrong`, or `frame`; None when it is accepted.
+    """Why a graded candidate is no lesson by itself: its verdict's reason, `wrong`, or `frame`; None when it may be one.
 
     `frame` is a rationale that talks about the tutoring ("the student's answer"…): true to its prompt, useless as a lesson.
     With `keep_wrong` a finished rationale is accepted whatever its answer, and without one.

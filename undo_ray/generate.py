@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from undo_ray import engines, gap, models, prompts, tasks
+from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
-from undo_ray.problems import test_name
+from undo_ray.problems import held, test_name
 from undo_ray.prompts import Case, Parse
 from undo_ray.store import Stage, dataset, split_rows
 from undo_ray.types import ENGINE_ERROR, FORMAT, HISTORY, ROWS, SELECT, SHOW, TRAIN, TRUNCATED, Message, Row, UserError, Verdict
@@ -49,6 +49,7 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
 
     `gap_ref` refers to Δ(k-1), None in round 0. Fills `candidates`, `lesson` and the newest `history` entry.
     """
+    import numpy as np
     import ray
 
     k, spec, feedback = out.round, recipe.teacher, recipe.gap.feedback
@@ -61,7 +62,11 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
         permuted_ref = _permuted(rows, recipe, k) if feedback == "shuffled" else None
         render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback)
         parse, shown = prompts.TEMPLATES[spec.template].parse, len(ray.get(shown_ref))
-    judge = partial(_judge_rationales, k=k, recipe=recipe)
+    # Of the shown examples the teacher has read every word, answers included.
+    cases = ray.get(shown_ref) if shown else ()
+    read = [text for case in cases for text in (case.question, *(answer for _, answer in case.before), case.student) if text]
+    held_ref = ray.put(np.union1d(held(out.ledger), clean.hashes(read))) if recipe.data.clean == "ngram" else None
+    judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref)
     totals = gap.total(_generate(rows, recipe, "teacher", spec.model, render, parse, judge, k, out))
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
     out.note(shown=shown, refused=refused)
@@ -102,13 +107,21 @@ class _Explain:
         return self.render(self.shown, own, tasks.get(row["task"]).instruction)
 
 
-def _judge_rationales(row: Row, generations: list[Row], judged: list[Judged], k: int, recipe: Recipe) -> Row:
+def _judge_rationales(
+    row: Row, generations: list[Row], judged: list[Judged], k: int, recipe: Recipe, held_ref: Any = None
+) -> Row:
+    import ray
+
+    runs = ray.get(held_ref) if held_ref is not None and generations and not tasks.get(row["task"]).templated else None
     candidates = []
     for generation, (diagnosis, rationale, verdict) in zip(generations, judged, strict=True):
         if rationale is None and recipe.lessons.keep_wrong:
             rationale = (generation["text"] or "").strip() or None
         candidate = {"round": k, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
-        candidates.append({**candidate, "refused": gap.refusal(candidate, row["question"], recipe.lessons.keep_wrong)})
+        refused = gap.refusal(candidate, row["question"], recipe.lessons.keep_wrong)
+        if refused is None and runs is not None and row["split"] == TRAIN:
+            refused = "leak" if clean.leaks(rationale or "", prompts.question_text(row), runs) else None
+        candidates.append({**candidate, "refused": refused})
     return explained(row, candidates, k, recipe.gap.history)
 
 

@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, tasks
 from undo_ray.config import Recipe
+from undo_ray.grading.pool import Pool
 from undo_ray.place import Place
-from undo_ray.store import Stage, Step
+from undo_ray.store import Run, Stage, Step
 from undo_ray.types import ROWS, SELECT, SHOW, TRAIN, Row, UserError
 
 ROWS_PER_FILE = 10_000
+HELD = "held.parquet"
 
 
 def check(recipe: Recipe) -> None:
@@ -27,7 +29,7 @@ def check(recipe: Recipe) -> None:
         if key in seen:
             raise UserError(f"data.tests: {source!r} is the same questions as {seen[key]}; name each set once")
         seen[key] = f"data.tests {source!r}"
-    _Sources(recipe).roles()
+    _Sources(recipe, read_golds=False).roles()
     if recipe.round0.startswith("lessons:") and not Place(recipe.round0.removeprefix("lessons:")).exists():
         raise UserError(f"round0 = {recipe.round0}: no such file; give JSONL or Parquet with a `messages` column")
 
@@ -40,8 +42,10 @@ def _source(text: str, split: str) -> tuple[str, str]:
 class _Sources:
     """What the recipe's sources hold: rows, and the counts of rows that were left out or are odd."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, read_golds: bool = True):
+        """`read_golds`: whether the golds of a source that nobody has checked are tried on the grader (2 ms each and core)."""
+        self.recipe, self.read_golds = recipe, read_golds
+        self.asked: list[Row] = []
         self.figures: dict[str, dict[str, int]] = {}
         self.templated: set[str] = set()
 
@@ -50,8 +54,19 @@ class _Sources:
         if task.templated:
             self.templated.add(task.reference)
         rows, odd = tasks.load(task, split, self.recipe.data.dir)
+        if task.sifted and task.kind == "math" and self.read_golds:
+            with Pool(deadline=self.recipe.grading.deadline, memory=self.recipe.grading.memory) as pool:
+                verdicts = pool.grade([("", row, "math_gold") for row in rows])
+            rows, found = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct], len(rows)
+            odd["left out: gold answer is no readable mathematics"] = found - len(rows)
+            if not rows:
+                raise UserError(f"{source}: none of the {found} gold answers can be read as mathematics; name another source")
         self.figures[f"{task.reference}/{split}"] = {"rows": len(rows), **odd}
         return rows
+
+    def compares(self, row: Row) -> bool:
+        """Whether runs of this row's words say something: not in templated questions, nor where whole ones are compared."""
+        return self.recipe.data.clean == "ngram" and row["task"] not in self.templated
 
     def tests(self) -> dict[str, list[Row]]:
         """Test -> its questions, all of them."""
@@ -61,7 +76,8 @@ class _Sources:
         data = self.recipe.data
         train = self.load(data.train, "train")
         validation = self.load(data.validation, "train") if data.validation is not None else None
-        tests = clean.Tests([row for rows in self.tests().values() for row in rows], self.templated, data.clean == "ngram")
+        self.asked = [row for rows in self.tests().values() for row in rows]
+        tests = clean.Tests(self.asked, self.templated, data.clean == "ngram")
         limit, shared = data.train_limit, data.shared
         return roles(
             train,
@@ -83,6 +99,7 @@ def prepare(recipe: Recipe, out: Stage) -> None:
     sources = _Sources(recipe)
     rows, removed = sources.roles()
     _write(rows, out)
+    _write_held(sources, rows, out)
     counts = {role: sum(row["split"] == role for row in rows) for role in (TRAIN, SHOW, SELECT)}
     out.note(**counts, sources=sources.figures, removed=_counts(removed))
     _list(removed, out, "removed.jsonl")
@@ -123,6 +140,21 @@ def _committed(out: Stage) -> Iterator[list[Row]]:
     loop.made("problems")  # raises where they are not committed
     for file in loop.files("problems"):
         yield pq.read_table(file.path, filesystem=file.fs, columns=["id", "task", "split", "question", "choices"]).to_pylist()
+
+
+def _write_held(sources: _Sources, rows: list[Row], out: Stage) -> None:
+    """The runs of 8 words of test and validation questions, for `held`; none where runs say nothing."""
+    asked = sources.asked + [row for row in rows if row["split"] != TRAIN]
+    runs = clean.hashes(row["question"] for row in asked if sources.compares(row))
+    pq.write_table(pa.table({"run": runs}), f"{out.place.made().path}/{HELD}", filesystem=out.place.fs)
+
+
+def held(run: Run) -> clean.Hashes:
+    """The runs of 8 words that no lesson may share (see `clean.leaks`), as the problems of this run were committed with."""
+    place = run.place / "problems"
+    manifest = json.loads((place / "manifest.json").read_bytes())
+    file = place / manifest["try"] / HELD
+    return pq.read_table(file.path, filesystem=file.fs).column("run").to_numpy()
 
 
 def _list(findings: Sequence[Row], out: Stage, name: str) -> None:
