@@ -210,12 +210,12 @@ class Step:
         return True
 
     def _commit(self, name: str, stage: Stage, seconds: float) -> None:
-        place, fs = self.place / name, self.place.fs
-        infos = place.files()
+        place, fs, own = self.place / name, self.place.fs, os.path.basename(stage.place.path)
+        infos = {file: info for file, info in place.files().items() if file.startswith(f"{own}/")}  # none of `resume`
         rows = [file.path for file in stage.files()]
         self.manifests[name] = {
             "kind": "rows" if rows else "model" if infos else "value",
-            "try": os.path.basename(stage.place.path),
+            "try": own,
             "files": [{"name": file, "bytes": info.size, "sha256": _sha256(fs, info.path)} for file, info in infos.items()],
             "rows": sum(pq.read_metadata(path, filesystem=fs).num_rows for path in rows) or None,
             "value": stage.value,
