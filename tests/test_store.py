@@ -240,6 +240,24 @@ def test_starts_are_counted_and_the_first_is_no_resume(place: Place) -> None:
     assert known["versions"]["pyarrow"] == pa.__version__
 
 
+def test_what_one_try_leaves_for_the_next_outlives_it_and_is_gone_with_the_commit(place: Place) -> None:
+    def killed(out: Stage) -> None:
+        (out.resume.made() / "step-7").write_bytes(b"state")
+        raise KeyboardInterrupt
+
+    def goes_on(out: Stage) -> None:
+        assert (out.resume / "step-7").read_bytes() == b"state"
+        numbers(3, out)
+
+    with opened(place) as run, pytest.raises(KeyboardInterrupt):
+        run.once("student", killed)
+    with opened(place) as run:
+        assert run.once("student", goes_on) == {"sum": 3}
+    with opened(place) as run:
+        assert run.once("student", never) == {"sum": 3}
+    assert not [name for name in names(place) if "step-7" in name]
+
+
 # -- what cannot be believed --------------------------------------------------------------------------------------------
 
 
