@@ -178,7 +178,7 @@ def timed(run: Callable[[list[Any]], None], steps: list[Any], warm: bool = True)
 def trl(directory: str, spec: Student, steps: list[Tokens]) -> tuple[float, int] | None:
     """(seconds, tokens) of TRL's SFTTrainer with its packing; None where TRL is not installed.
 
-    Two packed rows of `LENGTH` at a time, the fastest of the batch sizes tried (1, 2, 4); loss on the completion, torch's SDPA,
+    Two packed rows of `LENGTH` at a time, no other batch size was tried; loss on the completion, torch's SDPA,
     fused AdamW; with Liger's kernels where they are installed (a GPU).
     """
     try:
