@@ -46,7 +46,7 @@ class _Sources:
     def __init__(self, recipe: Recipe, read_golds: bool = True):
         """`read_golds`: whether the golds of a source that nobody has checked are tried on the grader (2 ms each and core)."""
         self.recipe, self.read_golds = recipe, read_golds
-        self.asked: list[Row] = []
+        self.cleaned = clean.Tests(())
         self.figures: dict[str, dict[str, int]] = {}
         self.templated: set[str] = set()
 
@@ -65,10 +65,6 @@ class _Sources:
         self.figures[f"{task.reference}/{split}"] = {"rows": len(rows), **odd}
         return rows
 
-    def compares(self, row: Row) -> bool:
-        """Whether runs of this row's words say something: not in templated questions, nor where whole ones are compared."""
-        return self.recipe.data.clean == "ngram" and row["task"] not in self.templated
-
     def tests(self) -> dict[str, list[Row]]:
         """Test -> its questions, all of them."""
         return {test_name(source): self.load(source, "test") for source in self.recipe.data.tests}
@@ -77,8 +73,8 @@ class _Sources:
         data = self.recipe.data
         train = self.load(data.train, "train")
         validation = self.load(data.validation, "train") if data.validation is not None else None
-        self.asked = [row for rows in self.tests().values() for row in rows]
-        tests = clean.Tests(self.asked, self.templated, data.clean == "ngram")
+        asked = [row for rows in self.tests().values() for row in rows]
+        tests = self.cleaned = clean.Tests(asked, self.templated, data.clean == "ngram")
         limit, shared = data.train_limit, data.shared
         return roles(
             train,
@@ -145,8 +141,11 @@ def _committed(out: Stage) -> Iterator[list[Row]]:
 
 def _write_held(sources: _Sources, rows: list[Row], out: Stage) -> None:
     """The runs of 8 words of test and validation questions, for `held`; none where runs say nothing."""
-    asked = sources.asked + [row for row in rows if row["split"] != TRAIN]
-    runs = clean.hashes(row["question"] for row in asked if sources.compares(row))
+    import numpy as np
+
+    tests = sources.cleaned
+    validation = clean.hashes(row["question"] for row in rows if row["split"] != TRAIN and tests.compares(row))
+    runs = np.union1d(tests.held, validation)
     (out.place / HELD).write_bytes(runs.astype("<u8").tobytes())
 
 
