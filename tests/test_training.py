@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -137,6 +138,20 @@ def test_two_workers_learn_what_one_learns(one: tuple[Path, dict[str, Any]], bas
     assert figures["loss"]["last"] == pytest.approx(one[1]["loss"]["last"], rel=1e-3)
 
 
+def training_workers(count: int, seconds: float = 30) -> list[psutil.Process]:
+    """Ray Train's workers below this process, once those of an earlier test are gone."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = []
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # gone between two looks, or dead and not yet reaped
+                found += [child] if "RayTrainWorker" in " ".join(child.cmdline()) else []
+        if len(found) == count:
+            return found
+        assert time.monotonic() < deadline, f"{len(found)} training workers, {count} expected"
+        time.sleep(0.05)
+
+
 LONG = ("student.epochs=24", "student.checkpoint_steps=20")
 
 
@@ -147,9 +162,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
     sets = (*LONG, "student.workers=2", "student.sharding=fsdp2")
     thread, found = on_a_thread(lambda: train(tmp_path / "killed", base, *sets))
     wait_for("round-00/student/resume/*/train/train/step-00000040/meta.json", tmp_path / "killed")  # the first is surely known
-    victims = [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
-    assert len(victims) == 2
-    victims[1].kill()
+    training_workers(2)[1].kill()
     thread.join(timeout=300)
     assert found and not isinstance(found[0], BaseException), found
     killed, after = found[0]
