@@ -9,6 +9,8 @@ import copy
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,9 @@ def free_port() -> int:
         return int(held.getsockname()[1])
 
 
-def curve(directory: str, keys: Student, state: Path | None = None, first: int = 0) -> tuple[list[float], dict[str, Any]]:
+def curve(
+    directory: str, keys: Student, state: Path | None = None, first: int = 0, device: torch.device = CPU
+) -> tuple[list[float], dict[str, Any]]:
     """(losses of `STEPS` steps, the gathered model), of this process's share of the workers.
 
     With `state`, the steps from `first` go on from what a run before left there; else step 10 leaves it.
@@ -160,7 +164,7 @@ def curve(directory: str, keys: Student, state: Path | None = None, first: int =
     import torch.distributed as dist
 
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sharded = sharding.shard(model.Scored(model.load(directory, keys)), keys, CPU)
+    sharded = sharding.shard(model.Scored(model.load(directory, keys)), keys, device)
     if first and state is not None:
         sharded.load(str(state))
     losses = []
@@ -169,10 +173,10 @@ def curve(directory: str, keys: Student, state: Path | None = None, first: int =
         rows = rows_of(list(several), {key: len(ids) for key, (ids, _) in several.items()}, 64, workers)
         packed = [row([several[key] for key in chosen]) for chosen in rows]
         supervised = sum(map(supervised_tokens, packed))
-        own, total = packed[rank::workers], torch.zeros(())
+        own, total = packed[rank::workers], torch.zeros((), device=device)
         for index, part in enumerate(own):
             with sharded.micro(last=index == len(own) - 1):
-                loss = sharded.module(model.batch(part, CPU))
+                loss = sharded.module(model.batch(part, device))
                 sharded.backward(loss * (workers / supervised))
             total += loss.detach()
         norm = sharded.step(3e-3)
@@ -246,6 +250,20 @@ def test_two_workers_learn_what_one_learns(
 @pytest.mark.parametrize("mode", ["fsdp2", "zero3"])
 def test_a_sharded_state_goes_on_where_it_was_left(two_workers: dict[tuple[str, str], Any], mode: str) -> None:
     check(two_workers["again", mode][0], two_workers["qwen2", mode][0][10:])
+
+
+def test_a_process_killed_while_deepspeed_compiles_does_not_hang_the_next(two_workers: dict[tuple[str, str], Any]) -> None:
+    code = (
+        "import os; from pathlib import Path; from undo_ray.train.sharding import compile_once; compile_once()\n"
+        "[built] = Path(os.environ['TORCH_EXTENSIONS_DIR']).glob('*/*.so')\n"
+        "print(built.parent / 'lock')"
+    )
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", code]
+    lock = Path(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1])
+    lock.touch()  # what torch leaves behind then
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=120)
+    assert not lock.exists()
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])

@@ -7,8 +7,10 @@ on each worker, `fsdp2` a share of it (torch's `fully_shard`, a decoder layer at
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,26 @@ def adamw(net: nn.Module, spec: Student) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=spec.learning_rate, betas=(0.9, spec.beta2), eps=1e-8, fused=True
     )
+
+
+def compile_once() -> None:
+    """Have DeepSpeed compile and load the operation its CPU workers communicate with, one process of a machine at a time.
+
+    torch guards a compilation by a file that stays when its holder is killed, and waits for it to go for ever. Here a lock
+    of the system, which ends with its holder, comes before it, in a folder of our own: a file found under it is a dead one's.
+    """
+    from filelock import FileLock
+
+    cache = Path(os.environ.get("UNDO_RAY_CACHE", Path.home() / ".cache" / "undo_ray"))
+    home = cache / f"extensions-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(home)
+    with FileLock(home / "compile.lock"):
+        for left in home.glob("*/lock"):
+            left.unlink()
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 
 class Whole:
@@ -164,6 +186,8 @@ class Zero(Whole):
             raise UserError(
                 f'student.sharding = "{self.spec.sharding}" needs DeepSpeed; `pip install deepspeed`, or set it to "fsdp2"'
             ) from None
+        if self.device.type == "cpu":
+            compile_once()
         stage = int(self.spec.sharding[-1])
         bucket = memory.bucket(sum(p.numel() for p in self.net.parameters()))
         config = {
