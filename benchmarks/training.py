@@ -2,16 +2,18 @@
 
     python benchmarks/training.py --data DIR [--rows 200] [--rounds 3] [--json OUT]
 
-DIR holds gsm8k/train.jsonl and math/train.jsonl (columns question, answer or solution). A Llama of 5M parameters on one
-CPU thread, fp32, unless a GPU is there. TRL (`pip install trl==1.16.0`) takes part when it is installed. Every variant trains
-the same chats and is timed in turn, `--rounds` times; the best of each counts. Tokens are those of chats, never padding; on a
-CPU the time is that of the process (all its threads), so that neighbours on the machine weigh less.
+DIR holds gsm8k/train.jsonl and math/train.jsonl (columns question, answer or solution). On a CPU a Llama of 5M parameters in
+fp32 on one thread; on a GPU Qwen2.5-1.5B's geometry in bf16, with and without Liger's kernels. TRL (`pip install trl==1.16.0`)
+takes part when it is installed. Every variant trains the same chats and is timed in turn, `--rounds` times; the best of each
+counts. Tokens are those of chats, never padding; on a CPU the time is that of the process (all its threads), so that
+neighbours on the machine weigh less.
 
     packing_efficiency    tokens/s packed ÷ padded, over the ideal: padded positions ÷ tokens
     over_trl_packing      tokens/s packed ÷ TRL's SFTTrainer with packing
     ray_train_overhead    time of the same steps through Ray Train ÷ without it, less 1, start-up apart
     startup_seconds       of Ray Train, from fit() to the first step
     peak_150k_gb          peak memory of a pass with a vocabulary of 150,000: the loss in pieces, and torch's
+    memory_gb             on a GPU: CUDA's count at the peak of the packed variant, and what docs/training.md's formula says
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,32 @@ from undo_ray.train.tokens import supervised
 from undo_ray.train.worker import peak_flops
 
 LENGTH = 1024
-BATCH = 16
+"""Most tokens of a chat, and of a packed row of TRL."""
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = DEVICE.type == "cuda"
+BATCH = 128 if GPU else 16
+"""Chats of an optimiser step."""
+ROOM = 16 * LENGTH if GPU else LENGTH
+"""Tokens of a packed row (`student.micro_tokens`)."""
+PADDED = 16 if GPU else 8
+"""Chats of a padded batch; 64 run out of 140 GB with the GPU's model."""
+TRL = [False, True] if GPU else [False]
+"""TRL with Liger's kernels or without; flash attention's package is not needed for either."""
+SHAPE = {
+    "cpu": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "cuda": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+}[DEVICE.type]
 
 
 def chats(data: Path, name: str, rows: int) -> list[list[dict[str, str]]]:
@@ -60,10 +83,10 @@ def chats(data: Path, name: str, rows: int) -> list[list[dict[str, str]]]:
     return [[ask, {"role": "assistant", "content": answer}] for ask, answer in zip(asked, answers, strict=True)]
 
 
-def make(directory: Path, texts: list[str], geometry: dict[str, Any]) -> str:
-    """A random Llama with a byte-level tokenizer trained on the texts."""
+def make(directory: Path, texts: list[str]) -> str:
+    """A random Llama (on a GPU: Qwen2) of `SHAPE` with a byte-level tokenizer trained on the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,19 +102,21 @@ def make(directory: Path, texts: list[str], geometry: dict[str, Any]) -> str:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    config = (Qwen2Config if GPU else LlamaConfig)(
+        **{"vocab_size": len(tokenizer), **SHAPE},
+        num_key_value_heads=2,
         max_position_embeddings=4096,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        **geometry,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    with DEVICE:  # drawing 1.5 billion normal numbers takes a CPU a minute
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lm.save_pretrained(directory)
     return str(directory)
 
 
 def clock() -> float:
-    if DEVICE.type == "cuda":
+    if GPU:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
@@ -108,7 +133,7 @@ def steps_of(tokens: Tokens) -> list[Tokens]:
 
 def packed_rows(step: Tokens) -> list[dict[str, Any]]:
     keyed = {(str(i), 0): chat for i, chat in enumerate(step)}
-    rows = rows_of(list(keyed), {key: len(ids) for key, (ids, _) in keyed.items()}, LENGTH, 1)
+    rows = rows_of(list(keyed), {key: len(ids) for key, (ids, _) in keyed.items()}, ROOM, 1)
     return [
         {
             "input_ids": [token for key in keys for token in keyed[key][0]],
@@ -136,7 +161,7 @@ def ours(directory: str, spec: Student, steps: list[Tokens], warm: bool = True) 
 
 
 def padded(directory: str, spec: Student, steps: list[Tokens]) -> float:
-    """The same without packing: 8 chats at a time, each as long as the longest, torch's attention with a mask."""
+    """The same without packing: `PADDED` chats at a time, each as long as the longest, torch's attention with a mask."""
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE).train()
@@ -145,8 +170,8 @@ def padded(directory: str, spec: Student, steps: list[Tokens]) -> float:
     def run(chosen: list[Tokens]) -> None:
         for step in chosen:
             total = sum(len(ids) - max(1, prompt) for ids, prompt in step)
-            for first in range(0, len(step), 8):
-                part = step[first : first + 8]
+            for first in range(0, len(step), PADDED):
+                part = step[first : first + PADDED]
                 width = max(len(ids) for ids, _ in part)
                 ids, mask = torch.zeros(len(part), width, dtype=torch.long), torch.zeros(len(part), width, dtype=torch.long)
                 labels = torch.full_like(ids, -100)
@@ -169,17 +194,23 @@ def padded(directory: str, spec: Student, steps: list[Tokens]) -> float:
 def timed(run: Callable[[list[Any]], None], steps: list[Any], warm: bool = True) -> float:
     if warm:
         run(steps[:2])
-    gc.collect()
+    tidy()
     start = clock()
     run(steps)
     return clock() - start
 
 
-def trl(directory: str, spec: Student, steps: list[Tokens]) -> tuple[float, int] | None:
+def tidy() -> None:
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+def trl(directory: str, spec: Student, steps: list[Tokens], liger: bool) -> tuple[float, int] | None:
     """(seconds, tokens) of TRL's SFTTrainer with its packing; None where TRL is not installed.
 
-    Two packed rows of `LENGTH` at a time, no other batch size was tried; loss on the completion, torch's SDPA,
-    fused AdamW; with Liger's kernels where they are installed (a GPU).
+    Packed rows of `LENGTH`, on a GPU as many tokens at a time as ours, on a CPU two rows (no other number was tried there);
+    loss on the completion, torch's SDPA, fused AdamW.
     """
     try:
         from datasets import Dataset
@@ -204,23 +235,17 @@ def trl(directory: str, spec: Student, steps: list[Tokens]) -> tuple[float, int]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             Clock.end = clock()
 
-    try:
-        import liger_kernel
-
-        liger = liger_kernel is not None and DEVICE.type == "cuda"
-    except ImportError:
-        liger = False
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             output_dir=scratch,
             packing=True,
             max_length=LENGTH,
-            per_device_train_batch_size=2,
+            per_device_train_batch_size=ROOM // LENGTH if GPU else 2,
             num_train_epochs=1,
             learning_rate=1e-4,
             optim="adamw_torch_fused",
             bf16=spec.dtype == "bfloat16",
-            use_cpu=DEVICE.type == "cpu",
+            use_cpu=not GPU,
             use_liger_kernel=liger,
             gradient_checkpointing=False,
             completion_only_loss=True,
@@ -299,27 +324,81 @@ def peak(which: str) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
+@contextmanager
+def restored() -> Iterator[None]:
+    """Take back what a variant puts into transformers' modules for all models (Liger's kernels)."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    before = dict(vars(modeling_qwen2))
+    try:
+        yield
+    finally:
+        vars(modeling_qwen2).update(before)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process alone, for the modes that shard."""
+    import torch.distributed as dist
+
+    with tempfile.TemporaryDirectory() as scratch:
+        dist.init_process_group(
+            "nccl", init_method=f"file://{scratch}/group", rank=0, world_size=1, device_id=torch.device("cuda", 0)
+        )
+        yield
+        dist.destroy_process_group()
+
+
+def measured(
+    directory: str, spec: Student, steps: list[Tokens], real: int, rounds: int, result: dict[str, Any]
+) -> dict[str, float]:
+    """Tokens per second of every variant, the best of `rounds`, by name."""
+    speed: dict[str, float] = {}
+
+    def keep(name: str, rate: float) -> None:
+        speed[name] = max(speed.get(name, 0), rate)
+        print(f"{name}: {rate:,.0f} tokens/s", file=sys.stderr)
+        tidy()
+
+    with_liger = spec.model_copy(update={"kernels": "liger"})
+    for _ in range(rounds):
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        keep("packed", real / ours(directory, spec, steps))
+        if GPU:
+            result["memory_gb"] = {"measured": torch.cuda.max_memory_allocated() / 1e9, "formula": formula(directory, spec)}
+            keep("packed, Liger", real / ours(directory, with_liger, steps))
+            with alone():
+                keep("packed, Liger, fsdp2", real / ours(directory, with_liger.model_copy(update={"sharding": "fsdp2"}), steps))
+        keep("padded", real / padded(directory, spec, steps))
+        for liger in TRL:
+            name = "TRL packed, Liger" if liger else "TRL packed"
+            try:
+                with restored():
+                    timing = trl(directory, spec, steps, liger)
+            except Exception as error:  # a peer's variant that does not run here is left out, and said
+                print(f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+                continue
+            if timing is not None:
+                keep(name, timing[1] / timing[0])
+    return speed
+
+
+def formula(directory: str, spec: Student) -> float:
+    """GB that docs/training.md foretells."""
+    from undo_ray.train import memory
+
+    return sum(memory.need(memory.Shape.of(model.load(directory, spec)), spec).values()) / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200, help="chats of each set")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions; the best counts")
-    parser.add_argument("--geometry", choices=["5m", "1.5b"], default="5m", help="1.5b: Qwen2.5-1.5B's shape, bf16, on a GPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    shapes = {
-        "5m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
-        "1.5b": {
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "vocab_size": 151_936,
-        },
-    }
-    large = options.geometry == "1.5b"
-    shape = {**shapes[options.geometry], "num_key_value_heads": 2}
     spec = Student.model_validate(
         {
             "model": "m",
@@ -328,16 +407,17 @@ def main() -> None:
             "max_length": LENGTH,
             "held_out": 0.0,
             "sharding": "none",
-            "dtype": "bfloat16" if large else "float32",
-            "resources": {"cpus": 1, "gpus": int(DEVICE.type == "cuda")},
+            "micro_tokens": ROOM,
+            "dtype": "bfloat16" if GPU else "float32",
+            "resources": {"cpus": 1, "gpus": int(GPU)},
         }
     )
     table: list[tuple[str, str, str]] = []
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu, one thread"}
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "cpu, one thread"}
     with tempfile.TemporaryDirectory() as scratch:
         sets = {name: chats(options.data, name, options.rows) for name in ("gsm8k", "math")}
         texts = [message["content"] for found in sets.values() for chat in found for message in chat]
-        directory = make(Path(scratch) / "model", texts, shape)
+        directory = make(Path(scratch) / "model", texts)
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -345,20 +425,14 @@ def main() -> None:
             tokens = [pair for pair in (supervised(tokenizer, chat) for chat in found) if len(pair[0]) <= LENGTH]
             steps = steps_of(tokens)
             real = sum(len(ids) for step in steps for ids, _ in step)
-            halves = [step[i : i + 8] for step in steps for i in range(0, len(step), 8)]
-            positions = sum(len(part) * max(len(ids) for ids, _ in part) for part in halves)
-            speed: dict[str, float] = {}
-            for _ in range(options.rounds):
-                speed["packed"] = max(speed.get("packed", 0), real / ours(directory, spec, steps))
-                speed["padded"] = max(speed.get("padded", 0), real / padded(directory, spec, steps))
-                if (timing := trl(directory, spec, steps)) is not None:
-                    speed["trl"] = max(speed.get("trl", 0), timing[1] / timing[0])
-            ideal = positions / real
+            parts = [step[i : i + PADDED] for step in steps for i in range(0, len(step), PADDED)]
+            ideal = sum(len(part) * max(len(ids) for ids, _ in part) for part in parts) / real
+            speed = measured(directory, spec, steps, real, options.rounds, result)
             efficiency = speed["packed"] / speed["padded"] / ideal
             result[name] = {**speed, "ideal": ideal, "packing_efficiency": efficiency, "tokens": real}
             table.append((name, "chats, tokens", f"{sum(map(len, steps))}, {real:,}"))
             table.append((name, "padded, tokens/s", f"{speed['padded']:,.0f}"))
-            table.append((name, "packed, tokens/s", f"{speed['packed']:,.0f}"))
+            table += [(name, f"{key}, tokens/s", f"{rate:,.0f}") for key, rate in speed.items() if key.startswith("packed")]
             table.append((name, "packed ÷ padded, over the ideal of " + f"{ideal:.2f}", f"{efficiency:.2f}"))
             if (best := peak_flops(DEVICE)) is not None:
                 from transformers import AutoModelForCausalLM
@@ -366,15 +440,17 @@ def main() -> None:
                 flops = model.flops_per_token(AutoModelForCausalLM.from_pretrained(directory))
                 result[name]["mfu"] = {which: rate * flops / best for which, rate in speed.items()}
                 table += [(name, f"MFU, {which}", f"{share:.1%}") for which, share in result[name]["mfu"].items()]
-            if "trl" in speed:
-                result[name]["over_trl_packing"] = speed["packed"] / speed["trl"]
-                table.append((name, "TRL packed, tokens/s", f"{speed['trl']:,.0f}"))
+            peers = {which: rate for which, rate in speed.items() if which.startswith("TRL")}
+            if peers:
+                best_of_ours = max(rate for which, rate in speed.items() if which.startswith("packed"))
+                result[name]["over_trl_packing"] = best_of_ours / max(peers.values())
+                table += [(name, f"{which}, tokens/s", f"{rate:,.0f}") for which, rate in peers.items()]
                 table.append((name, "packed ÷ TRL packed", f"{result[name]['over_trl_packing']:.2f}"))
             else:
                 table.append((name, "TRL", "not installed"))
             if name == "gsm8k":
                 runs = [through_ray(directory, spec, steps, Path(scratch) / f"ray-{round}") for round in range(options.rounds)]
-                fastest = min(run["loop" if DEVICE.type == "cuda" else "cpu"] for run in runs)
+                fastest = min(run["loop" if GPU else "cpu"] for run in runs)
                 bare = min(ours(directory, spec, steps, warm=False) for _ in range(options.rounds))  # cold, as the worker's
                 result["ray_train_overhead"] = fastest / bare - 1
                 result["startup_seconds"] = min(run["total"] - run["loop"] for run in runs)

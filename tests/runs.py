@@ -30,8 +30,12 @@ def start(recipe: str, run_dir: Path | str, *overrides: str) -> subprocess.Popen
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for a run; its output. Fails with that output when the exit code is another."""
-    output, _ = process.communicate(timeout=600)
+    """Wait for a run; its output. Fails with that output when the exit code is another, or after ten minutes."""
+    try:
+        output, _ = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output = f"not done after ten minutes:\n{process.communicate()[0]}"
     assert process.returncode == code, output
     return output
 

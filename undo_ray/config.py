@@ -193,6 +193,8 @@ class Student(_Section):
     """training workers, at an equal global batch"""
     micro_tokens: Placed[PositiveInt | None] = None
     """tokens per worker and forward pass: chats are packed to it; default: max_length"""
+    kernels: Placed[Literal["torch", "liger"]] = "torch"
+    """of norms and MLP: torch's, or Liger's fused ones on a GPU"""
     gradient_checkpointing: Placed[bool] = False
     """compute activations again in the backward pass in place of keeping them"""
     checkpoint_steps: Placed[PositiveInt | None] = None

@@ -8,6 +8,7 @@ pieces of the supervised positions, so a vocabulary of 150k never sets the memor
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,18 @@ def load(directory: str, spec: Student) -> Any:
             f"student.model: the attention of {type(lm).__name__} cannot be replaced, so its chats cannot be packed; "
             "use a decoder of the Llama, Qwen, Mistral, Gemma, Phi or SmolLM kind"
         )
+    if spec.kernels == "liger":
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance as fuse
+        except ImportError:
+            raise UserError(
+                'student.kernels = "liger" needs Liger\'s kernels; install the gpu extra, or set it to "torch"'
+            ) from None
+        # This model alone: the export is loaded beside it on a CPU, where these kernels do not run. The loss is ours.
+        module = vars(sys.modules[type(lm).__module__])
+        before = dict(module)
+        fuse(model=lm, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+        module.update(before)
     if spec.lora.rank:
         from peft import LoraConfig, inject_adapter_in_model
 
