@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from undo_ray import config
 from undo_ray.config import Student
 from undo_ray.train import memory
 
 STEP = """
 import json, sys, torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from undo_ray import config
 from undo_ray.config import Student
 from undo_ray.train import memory, model, sharding
 
@@ -66,6 +69,12 @@ QWEN = memory.Shape(1_543_714_304, 1_543_714_304, 151_936, 1536, 8960, 28, 1536,
 """Qwen2.5-1.5B."""
 
 
+LLAMA = memory.Shape(1_235_814_400, 1_235_814_400, 128_256, 2048, 8192, 16, 2048, True)
+"""Llama-3.2-1B."""
+SMOLLM = memory.Shape(1_711_376_384, 1_711_376_384, 49_152, 2048, 8192, 24, 2048, True)
+"""SmolLM2-1.7B."""
+
+
 def student(**keys: Any) -> Student:
     return Student.model_validate({"model": "m", "epochs": 1, "dtype": "bfloat16", "max_length": 1024, **keys})
 
@@ -79,3 +88,14 @@ def test_more_workers_need_less_only_where_something_is_shared() -> None:
         assert total(mode, 8) < total(mode, 2) < total("ddp", 2)
     assert total("zero3", 8) < total("zero2", 8)
     assert sum(memory.need(QWEN, student(gradient_checkpointing=True)).values()) < total("ddp", 1)
+
+
+def test_the_recipe_states_the_memory_of_the_papers_students() -> None:
+    path = Path(__file__).parent.parent / "jobs" / "recipes" / "gsm8k.toml"
+    spec, text = config.load(path).student, path.read_text()
+    modes = next(line for line in text.splitlines() if "student.model " in line).split()[2:]
+    for name, shape in (("Qwen2.5-1.5B", QWEN), ("Llama-3.2-1B", LLAMA), ("SmolLM2-1.7B", SMOLLM)):
+        [line] = [line for line in text.splitlines() if line.startswith("#   ") and name in line]
+        for mode, stated in zip(modes, line.split()[2:], strict=True):
+            needed = sum(memory.need(shape, spec.model_copy(update={"sharding": mode})).values()) / 1e9
+            assert float(stated) == pytest.approx(needed, abs=0.051), (name, mode)
