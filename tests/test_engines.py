@@ -13,6 +13,7 @@ from undo_ray import engines
 from undo_ray.config import Engine, Sampling
 from undo_ray.engines import prompt_ids
 from undo_ray.mini import models as mini
+from undo_ray.place import Place
 
 SHARED = "Here is a long text that all the prompts begin with, so that its keys and values need be computed once only. " * 3
 QUESTIONS = [
@@ -49,6 +50,12 @@ def chats(directory: str, texts: list[str]) -> list[list[int]]:
     return [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 
+def answers(backend: engines.Backend, prompts: list[list[int]], seeds: list[int]) -> list[engines.Completion]:
+    """What the backend gives, in the order of the prompts."""
+    found = dict(backend.complete(prompts, seeds))
+    return [completion for index in range(len(prompts)) if not isinstance(completion := found[index], str)]
+
+
 @pytest.mark.parametrize("shared", ["", SHARED])
 def test_batched_transformers_writes_what_plain_generate_writes(llama: str, shared: str) -> None:
     from undo_ray.engines.hf import Transformers
@@ -56,7 +63,7 @@ def test_batched_transformers_writes_what_plain_generate_writes(llama: str, shar
     prompts = chats(llama, [shared + question for question in QUESTIONS])
     backend = Transformers(llama, Engine(), Sampling(max_tokens=24))
     for _ in range(2):  # the second time the shared part's keys and values are there
-        completions = backend.complete(prompts, [0] * len(prompts))
+        completions = answers(backend, prompts, [0] * len(prompts))
         assert [completion.token_ids for completion in completions] == reference(llama, prompts, 24)
     common = next(i for i in range(9999) if len({prompt[i] for prompt in prompts}) > 1)
     assert {completion.cached_tokens for completion in completions} == ({common} if shared else {0})
@@ -67,8 +74,8 @@ def test_an_answer_cut_short_says_so_and_an_ended_one_too() -> None:
 
     teacher = mini.teacher(0)
     prompts = chats(teacher, ["sam has 66 cups and finds 49 more. how many cups are there in all?"])
-    short = Transformers(teacher, Engine(), Sampling(max_tokens=5)).complete(prompts, [0])[0]
-    whole = Transformers(teacher, Engine(), Sampling(max_tokens=96)).complete(prompts, [0])[0]
+    [short] = answers(Transformers(teacher, Engine(), Sampling(max_tokens=5)), prompts, [0])
+    [whole] = answers(Transformers(teacher, Engine(), Sampling(max_tokens=96)), prompts, [0])
     assert (short.finish_reason, len(short.token_ids)) == ("length", 5)
     assert whole.finish_reason == "stop" and whole.token_ids[:5] == short.token_ids
 
@@ -78,7 +85,7 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(llama: str) -> None:
 
     backend = Transformers(llama, Engine(), Sampling(temperature=1.0, max_tokens=16))
     prompts = chats(llama, QUESTIONS)
-    first, again, other = (backend.complete(prompts, seeds) for seeds in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]))
+    first, again, other = (answers(backend, prompts, seeds) for seeds in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]))
     assert first == again != other
 
 
@@ -99,8 +106,8 @@ def test_vllm_writes_what_transformers_writes_for_the_models_of_the_miniature_wo
         "from undo_ray.config import Engine, Sampling\n"
         "from undo_ray.engines.vllm import VLLM\n"
         "backend = VLLM(sys.argv[1], Engine(kind='vllm'), Sampling(max_tokens=24))\n"
-        "done = backend.complete(json.loads(sys.argv[2]), [0] * 3)\n"
-        "print('TOKENS', json.dumps([completion.token_ids for completion in done]))\n"
+        "done = dict(backend.complete(json.loads(sys.argv[2]), [0] * 3))\n"
+        "print('TOKENS', json.dumps([done[index].token_ids for index in range(3)]))\n"
     )
     command = [sys.executable, "-c", script, directory, json.dumps(prompts)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
@@ -109,7 +116,9 @@ def test_vllm_writes_what_transformers_writes_for_the_models_of_the_miniature_wo
     assert json.loads(line.removeprefix("TOKENS")) == reference(directory, prompts, 24)
 
 
-def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(cluster: None, llama: str) -> None:
+def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(
+    cluster: None, llama: str, tmp_path: Path
+) -> None:
     import ray.data
 
     def ask(row: dict[str, str]) -> list[dict[str, str]] | None:
@@ -124,6 +133,7 @@ def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(cl
         render=lambda: ask,  # type: ignore[arg-type, return-value]
         column="out",
         seeds=lambda row: [1, 2],
+        journal=Place(str(tmp_path)),
     )
     answered = engines.generate(rows, work)
     by_id = {row["id"]: row["out"] for row in answered.take_all()}

@@ -108,6 +108,8 @@ class Engine(_Section):
     """further arguments of `vllm.LLM`; the memory knobs among them are placement"""
     resources: Placed[Placement] = Placement()
     """per replica"""
+    stall_seconds: Placed[float] = Field(600.0, gt=0)
+    """without an engine step after which a vLLM replica counts as hung and is replaced"""
     max_errors: Placed[float] = Field(0.05, ge=0, le=1)
     """share of rows the engine may fail on before the stage fails"""
 

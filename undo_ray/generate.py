@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher
+from undo_ray.engines.journal import finished
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
@@ -252,10 +253,14 @@ def _generate(
     spec: Teacher | Student = getattr(recipe, role)
     draw, column, well = ROLES[role]
     seeds = partial(_seeds, recipe.seed, draw, k, getattr(spec, "samples", 1))
+    journal = out.resume / "generations"
+    if known := finished(journal):
+        out.progress.say(f"{known} generations of an earlier start are used as they are")
+    out.note(resumed=known)
     out.progress.total(rows.count())
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(models.local, model, recipe.seed)
-    answered = engines.generate(blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds))
+    answered = engines.generate(blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds, journal))
     grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
     out.write(answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True))
     count = ray.remote(_count).options(num_cpus=0.5)

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
+import os
 import pkgutil
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
 from undo_ray.config import Engine, Sampling
+from undo_ray.engines.journal import Journal, key
+from undo_ray.place import Place
 from undo_ray.types import GENERATION, Message, Row, UserError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 BACKENDS = {"transformers": "undo_ray.engines.hf:Transformers", "vllm": "undo_ray.engines.vllm:VLLM"}
+CALLS = {"transformers": 1, "vllm": 2}
+"""Batches a replica works on at once: in a shared engine the next one fills the places that finished rows leave."""
 
 Render = Callable[[Row], "list[Message] | None"]
 """A row's chat, or None to let the row pass untouched. Made in the driver, so it must pickle and be light."""
@@ -43,8 +50,11 @@ class Backend(Protocol):
     context: int
     """Longest prompt plus answer, tokens."""
 
-    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
-        """One sample per prompt (token ids) and seed, in order; a text is why there is none. Raises when the engine broke."""
+    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
+        """One sample per prompt (token ids) and seed, with its index, as they finish; a text is why there is none.
+
+        Raises when the engine broke. With `CALLS` above 1 called by as many threads at once.
+        """
         ...
 
 
@@ -60,6 +70,8 @@ class Work:
     column: str
     seeds: Callable[[Row], list[int]]
     """Of a row: one for each sample."""
+    journal: Place
+    """A folder that lasts as long as the stage is not done: what is finished (see journal.py)."""
 
 
 def generate(rows: Dataset, work: Work) -> Dataset:
@@ -73,7 +85,9 @@ def generate(rows: Dataset, work: Work) -> Dataset:
         batch_format="pyarrow",
         batch_size=engine.batch_size,
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=engine.replicas),
+        compute=ray.data.ActorPoolStrategy(
+            size=engine.replicas, max_concurrent_calls_per_actor=CALLS[engine.kind], enable_true_multi_threading=True
+        ),
         num_cpus=engine.resources.cpus,
         num_gpus=engine.resources.gpus or None,
     )
@@ -83,31 +97,62 @@ class Replica:
     """One engine in the pool: chats to token ids, batches through the backend, token ids to text."""
 
     def __init__(self, work: Work):
+        import ray
+
+        self.journal = Journal(work.journal, ray.get_runtime_context().get_actor_id() or "driver")
         backend = pkgutil.resolve_name(BACKENDS[work.engine.kind])
         self.backend: Backend = backend(work.model(), work.engine, work.sampling)
-        self.work, self.render = work, work.render()
+        self.work, self.render, self.tokenizing = work, work.render(), threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         jobs: list[tuple[int, list[int], int]] = []  # (row, prompt, seed)
-        for index, row in enumerate(table.to_pylist()):
-            if (chat := self.render(row)) is not None:
-                prompt = prompt_ids(self.backend.tokenizer, chat)
-                jobs += [(index, prompt, seed) for seed in self.work.seeds(row)]
+        with self.tokenizing:
+            for index, row in enumerate(table.to_pylist()):
+                if (chat := self.render(row)) is not None:
+                    prompt = prompt_ids(self.backend.tokenizer, chat)
+                    jobs += [(index, prompt, seed) for seed in self.work.seeds(row)]
         longest = self.work.sampling.max_tokens
-        fitting = [job for job in jobs if len(job[1]) + longest <= self.backend.context]
-        done = iter(self.backend.complete([job[1] for job in fitting], [job[2] for job in fitting]) if fitting else ())
+        keys = [key(prompt, seed) for _, prompt, seed in jobs]
+        made: dict[int, Row] = {}
+        for number, (_, prompt, _) in enumerate(jobs):
+            if len(prompt) + longest > self.backend.context:
+                too_long = f"prompt of {len(prompt)} tokens leaves no room for {longest} of {self.backend.context}"
+                made[number] = self._generation(len(prompt), too_long)
+            elif (known := self.journal.take(keys[number])) is not None:
+                made[number] = known
+            elif self.journal.killed(keys[number]):
+                made[number] = self._generation(len(prompt), "the engine died with this row alone in it")
+        asked = [number for number in range(len(jobs)) if number not in made]
+        with self.journal.turn:
+            for group in self.journal.groups([keys[number] for number in asked]):
+                made.update(self._ask([asked[index] for index in group], jobs, keys))
         out: list[list[Row]] = [[] for _ in range(table.num_rows)]
-        for index, prompt, _ in jobs:
-            too_long = f"prompt of {len(prompt)} tokens leaves no room for {longest} of {self.backend.context}"
-            completion = next(done) if len(prompt) + longest <= self.backend.context else too_long
-            out[index].append(self._generation(len(prompt), completion))
+        for number, (index, _, _) in enumerate(jobs):
+            out[index].append(made[number])
         return table.append_column(self.work.column, pa.array(out, pa.list_(GENERATION)))
+
+    def _ask(self, numbers: list[int], jobs: list[tuple[int, list[int], int]], keys: list[bytes]) -> Iterator[tuple[int, Row]]:
+        """(number, generation) of these jobs as they finish, each kept in the journal."""
+        prompts, seeds = [jobs[number][1] for number in numbers], [jobs[number][2] for number in numbers]
+        try:
+            with self.journal.flight([keys[number] for number in numbers]):
+                for index, completion in self.backend.complete(prompts, seeds):
+                    generation = self._generation(len(prompts[index]), completion)
+                    if generation["engine_error"] is None:
+                        self.journal.add(keys[numbers[index]], generation)
+                    yield numbers[index], generation
+        except Exception:  # the engine is broken: Ray starts the replica again, which finds what was in flight
+            logging.getLogger(__name__).exception("the engine broke")
+            self.journal.flush()
+            os._exit(1)
+        self.journal.flush()
 
     def _generation(self, prompt_tokens: int, completion: Completion | str) -> Row:
         counts = {"prompt_tokens": prompt_tokens, "cached_tokens": 0, "completion_tokens": 0}
         if isinstance(completion, str):
             return {"text": None, "finish_reason": None, **counts, "engine_error": completion}
-        text = self.backend.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        with self.tokenizing:
+            text = self.backend.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         counts |= {"cached_tokens": completion.cached_tokens, "completion_tokens": len(completion.token_ids)}
         return {"text": text, "finish_reason": completion.finish_reason, **counts, "engine_error": None}
 

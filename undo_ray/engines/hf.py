@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
@@ -40,15 +40,18 @@ class Transformers:
         self.prefix: list[int] = []
         self.prefix_cache: DynamicCache | None = None
 
-    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
+    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
         """See `engines.Backend`. A batch that fails is halved until what breaks it (a row too long for the memory) is alone."""
+        yield from enumerate(self._whole_or_halved(prompts, seeds))
+
+    def _whole_or_halved(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
         try:
             return self._complete(prompts, seeds)
         except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if len(prompts) == 1:
                 return [f"{type(error).__name__}: {error}"[:1000]]
         half = len(prompts) // 2
-        return self.complete(prompts[:half], seeds[:half]) + self.complete(prompts[half:], seeds[half:])
+        return self._whole_or_halved(prompts[:half], seeds[:half]) + self._whole_or_halved(prompts[half:], seeds[half:])
 
     @torch.inference_mode()
     def _complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:

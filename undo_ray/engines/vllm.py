@@ -1,9 +1,13 @@
-"""vLLM as an engine: the synchronous `vllm.LLM` inside the replica's own process. The CPU build runs the same code."""
+"""vLLM as an engine inside the replica's own process, stepped by a thread. The CPU build runs the same code."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +19,20 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+Sink = queue.SimpleQueue[Any]
+"""Where a caller waits for (index, completion), or for the error that broke the engine."""
+
+
 class VLLM:
-    """See `engines.Backend`. Draws are seeded per sample, whatever the batch."""
+    """See `engines.Backend`. Draws are seeded per sample, whatever the batch.
+
+    One thread owns the engine and steps it while there is anything to do, for all callers: rows of the next batch fill the
+    places that finished rows leave.
+    """
 
     def __init__(self, directory: str, engine: Engine, sampling: Sampling):
         from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         options: dict[str, Any] = {
             "enable_prefix_caching": True,
@@ -29,22 +42,71 @@ class VLLM:
             **engine.kwargs,
         }
         self.llm = LLM(directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
+        self.engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
-        self.context = self.llm.llm_engine.model_config.max_model_len
-        self.params = partial(SamplingParams, temperature=sampling.temperature, top_p=sampling.top_p, detokenize=False)
-        self.max_tokens, self.warm = sampling.max_tokens, False
+        self.context = self.engine.model_config.max_model_len
+        final = RequestOutputKind.FINAL_ONLY
+        draw = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        self.params = partial(SamplingParams, **draw, detokenize=False, output_kind=final)
+        self.max_tokens, self.warm, self.warming = sampling.max_tokens, False, threading.Lock()
+        self.stall = engine.stall_seconds
+        self.waiting: queue.SimpleQueue[tuple[list[int], Any, Sink, int]] = queue.SimpleQueue()
+        self.stepped = time.monotonic()
+        threading.Thread(target=self._steps, daemon=True).start()
 
-    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion | str]:
-        from vllm import TokensPrompt
+    def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
+        """See `engines.Backend`. Long prompts go first: they hold up the end of a batch least when they begin early."""
+        with self.warming:
+            if not self.warm and len(prompts) > 1:
+                # Rows that start together on a cold cache all miss it: compute the shared prefix once, then let them flow.
+                list(self._run([(0, prompts[0], self.params(max_tokens=1))]))
+                self.warm = True
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        yield from self._run([(i, prompts[i], self.params(max_tokens=self.max_tokens, seed=seeds[i])) for i in order])
 
-        asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        if not self.warm and len(prompts) > 1:
-            # Rows that start together on a cold cache all miss it: compute the shared prefix once, then let them flow.
-            self.llm.generate(asked[:1], self.params(max_tokens=1), use_tqdm=False)
-            self.warm = True
-        params = [self.params(max_tokens=self.max_tokens, seed=seed) for seed in seeds]
-        done = [(out.outputs[0], out.num_cached_tokens) for out in self.llm.generate(asked, params, use_tqdm=False)]
-        return [Completion(list(best.token_ids), str(best.finish_reason), cached or 0) for best, cached in done]
+    def _run(self, jobs: Sequence[tuple[int, list[int], Any]]) -> Iterator[tuple[int, Completion | str]]:
+        """Hand (index, prompt, params) to the engine's thread; (index, what came of it) as they finish."""
+        sink: Sink = queue.SimpleQueue()
+        self.stepped = time.monotonic()
+        for index, prompt, params in jobs:
+            self.waiting.put((prompt, params, sink, index))
+        for _ in jobs:
+            while True:
+                try:
+                    found = sink.get(timeout=min(1.0, self.stall))
+                    break
+                except queue.Empty:
+                    if (still := time.monotonic() - self.stepped) > self.stall:
+                        raise RuntimeError(f"the engine made no step in {still:.0f} s (engine.stall_seconds)") from None
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+
+    def _steps(self) -> None:
+        """The thread that owns the engine: take what waits, step, hand out what finished. An error ends it and goes to all."""
+        running: dict[str, tuple[Sink, int]] = {}
+        count = itertools.count()
+        try:
+            while True:
+                while not running or not self.waiting.empty():  # with nothing to do it waits here
+                    prompt, params, sink, index = self.waiting.get()
+                    name = str(next(count))
+                    try:
+                        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+                    except ValueError as error:  # this prompt, not the engine
+                        sink.put((index, f"{type(error).__name__}: {error}"[:1000]))
+                    else:
+                        running[name] = (sink, index)
+                for output in self.engine.step():
+                    sink, index = running.pop(output.request_id)
+                    best = output.outputs[0]
+                    done = Completion(list(best.token_ids), str(best.finish_reason), output.num_cached_tokens or 0)
+                    sink.put((index, done))
+                self.stepped = time.monotonic()
+        except BaseException as error:
+            for sink in {id(sink): sink for sink, _ in running.values()}.values():
+                sink.put(error)
+            raise
 
 
 def _cpu_options(context: int | None) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""What a killed engine or driver costs: rows in flight, and nothing that was finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import runs
+import tiny
+
+from undo_ray import engines
+from undo_ray.config import Engine, Sampling
+from undo_ray.engines import journal
+from undo_ray.engines.journal import Journal, key
+from undo_ray.place import Place
+from undo_ray.types import UserError
+
+GENERATION = {"text": "4", "finish_reason": "stop", "prompt_tokens": 3, "cached_tokens": 0, "completion_tokens": 2}
+
+
+def generation(text: str) -> dict[str, Any]:
+    return {**GENERATION, "text": text, "engine_error": None}
+
+
+def test_what_one_life_finished_the_next_takes_once(tmp_path: Path) -> None:
+    place, keys = Place(str(tmp_path)), [key([1, 2, i], 7) for i in range(3)]
+    first = Journal(place, "a")
+    first.add(keys[0], generation("zero"))
+    first.add(keys[1], generation("one"))
+    assert journal.finished(place) == 0, "the second came within FLUSH of the first"
+    first.flush()
+    assert journal.finished(place) == 2
+    second = Journal(place, "b")
+    assert second.take(keys[1]) == generation("one") and second.take(keys[2]) is None
+    assert second.take(keys[1]) is None, "a row is answered once"
+
+
+def test_a_finished_generation_is_on_disk_when_another_comes_after_the_flush_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "FLUSH", 0.05)
+    one = Journal(Place(str(tmp_path)), "a")
+    time.sleep(0.06)
+    one.add(key([1], 0), generation("x"))
+    assert journal.finished(Place(str(tmp_path))) == 1
+
+
+def test_another_seed_or_prompt_is_another_generation() -> None:
+    assert len({key([1, 2], 0), key([1, 2], 1), key([1], 0), key([12], 0), key([1, 2, 0], 0)}) == 5
+
+
+def test_rows_in_flight_at_a_death_go_apart_in_ever_smaller_groups(tmp_path: Path) -> None:
+    """By hand: 100 rows in flight, row 42 kills. Groups of 12, then of 1; then it is known."""
+    place, keys = Place(str(tmp_path)), [key([i], 0) for i in range(120)]
+
+    def live() -> list[list[int]]:
+        """A life: works on group after group, and dies in the first one that holds row 42."""
+        here = Journal(place, "a")
+        asked = [i for i in range(120) if not here.killed(keys[i])]
+        groups = [[asked[i] for i in group] for group in here.groups([keys[i] for i in asked])]
+        for group in groups:
+            with here.flight([keys[i] for i in group]):
+                if 42 in group:
+                    raise RuntimeError("killed by row 42")
+        return groups
+
+    with pytest.raises(RuntimeError), Journal(place, "a").flight(keys[:100]):
+        raise RuntimeError("killed by row 42")
+    sizes = []
+    for _ in range(10):
+        try:
+            groups = live()
+            break
+        except RuntimeError:
+            sizes.append(max(len(g) for g in Journal(place, "a").groups(keys[:100])))
+    assert sizes == [12, 12], "the other groups of the first split stay as they were"
+    assert sorted(i for group in groups for i in group) == [i for i in range(120) if i != 42]
+    assert Journal(place, "a").killed(keys[42]) and not Journal(place, "a").killed(keys[41])
+    assert not Journal(place, "b").killed(keys[42]), "another replica has its own deaths"
+
+
+def test_an_engine_that_dies_whatever_it_is_given_ends_the_stage(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    for _ in range(journal.DEATHS + 1):
+        with pytest.raises(OSError), Journal(place, "a").flight([key([1], 0), key([2], 0)]):
+            raise OSError("no driver")
+    with pytest.raises(UserError, match=r"the engine died 25 times, .* OSError: no driver; lower engine\.batch_size"):
+        Journal(place, "a")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.make(tmp_path_factory.mktemp("model"), "llama", [f"count {i}" for i in range(50)], seed=3)
+
+
+def work(model: str, place: Path, kind: str, render: Any, max_tokens: int) -> engines.Work:
+    return engines.Work(
+        engine=Engine(kind=kind, context=512, batch_size=4 if kind == "transformers" else 16),
+        model=partial(str, model),
+        sampling=Sampling(temperature=1.0, max_tokens=max_tokens),
+        render=lambda: render,
+        column="out",
+        seeds=lambda row: [row["n"]],
+        journal=Place(str(place)),
+    )
+
+
+def asker() -> Any:
+    """Row -> chat; made here so that it travels to workers, which do not know this file."""
+
+    def ask(row: dict[str, Any]) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"count {row['n']}"}]
+
+    return ask
+
+
+def children(name: str) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            found += [child] if name in " ".join(child.cmdline()) else []
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_a_killed_engine_is_replaced_and_its_finished_rows_are_not_asked_again(
+    cluster: None, model: str, tmp_path: Path
+) -> None:
+    """The vLLM engine is killed from outside when half of the rows are finished."""
+    pytest.importorskip("vllm")
+    import threading
+
+    import ray.data
+
+    place, rows = Place(str(tmp_path / "journal")), [{"n": n} for n in range(96)]
+    killed: list[set[bytes]] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if journal.finished(place) >= 40:
+                [victim] = children("MapWorker(MapBatches(Replica)")
+                os.kill(victim.pid, signal.SIGKILL)
+                killed.append({row["key"] for table in journal._tables(place / "done") for row in table.to_pylist()})
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    blocks = ray.data.from_items(rows, override_num_blocks=6)
+    found = engines.generate(blocks, work(model, tmp_path / "journal", "vllm", asker(), 64)).take_all()
+    thread.join()
+    assert sorted(row["n"] for row in found) == list(range(96)), "each row once"
+    assert all(row["out"][0]["engine_error"] is None for row in found)
+    assert killed, "the engine was killed"
+    written = [row["key"] for table in journal._tables(place / "done") for row in table.to_pylist()]
+    assert len(written) == len(set(written)) == 96, "no row was finished twice"
+    assert len(killed[0]) >= 40
+
+
+def test_a_row_that_kills_its_engine_is_given_up_and_the_others_are_answered(cluster: None, model: str, tmp_path: Path) -> None:
+    import ray.data
+    from transformers import AutoTokenizer
+
+    deadly = engines.prompt_ids(AutoTokenizer.from_pretrained(model), asker()({"n": 5}))
+
+    def dies_of_it() -> str:
+        """The model's directory; from here on this process ends when the model is given that prompt."""
+        import transformers
+
+        plain = transformers.GenerationMixin.generate
+
+        def generate(self: Any, input_ids: Any, attention_mask: Any, **others: Any) -> Any:
+            for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+                if [token for token, kept in zip(ids, mask, strict=True) if kept] == deadly:
+                    os._exit(9)
+            return plain(self, input_ids=input_ids, attention_mask=attention_mask, **others)
+
+        transformers.GenerationMixin.generate = generate
+        return model
+
+    blocks = ray.data.from_items([{"n": n} for n in range(12)], override_num_blocks=3)
+    job = dataclasses.replace(work(model, tmp_path / "journal", "transformers", asker(), 4), model=dies_of_it)
+    found = {row["n"]: row["out"][0] for row in engines.generate(blocks, job).take_all()}
+    assert set(found) == set(range(12))
+    assert {n for n, out in found.items() if out["engine_error"] is not None} == {5}
+    assert found[5]["engine_error"] == "the engine died with this row alone in it"
+
+
+def test_a_killed_driver_leaves_what_was_finished_to_the_next(tmp_path: Path) -> None:
+    sets = ["rounds=0", "data.train_limit=120", "data.select=8", "data.show=4", "data.tests=[]", "student.tokens=2000"]
+    sets += ["teacher.engine={batch_size = 8}", "student.engine={batch_size = 32}"]
+    stage = tmp_path / "run/round-00/rationales"
+    process, done = runs.start("mini", tmp_path / "run", *sets), Place(str(stage / "resume/generations"))
+    deadline = time.monotonic() + 240
+    while journal.finished(done) < 24:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (stage / "manifest.json").exists()
+    kept = {row["key"]: row["generation"]["text"] for table in journal._tables(done / "done") for row in table.to_pylist()}
+    output = runs.run("mini", tmp_path / "run", *sets)
+    assert f"{len(kept)} generations of an earlier start are used as they are" in output
+    assert json.loads((stage / "manifest.json").read_text())["figures"]["resumed"] == len(kept)
+    rows = runs.rows(tmp_path / "run", "round-00/rationales")
+    texts = [row["candidates"][0]["text"] for row in rows if row["candidates"]]
+    assert len(texts) == 124 and set(kept.values()) <= set(texts)
+    assert not (stage / "resume").exists()

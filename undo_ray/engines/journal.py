@@ -1,0 +1,126 @@
+"""What an engine has finished, kept while its stage goes on, so that no kill makes it generate the same text twice.
+
+A folder of small Parquet files. A replica adds one every few seconds, with what it finished since the last, by key: a hash of
+the prompt's tokens and the seed. Model and sampling are those of the stage, whose folder this is. A replica reads what is
+there when it starts: after the driver was killed, and after it was killed itself and Ray started it again.
+
+Beside them lies what each replica has in flight. What lies there when it starts had killed it: those rows go apart from the
+others, in ever smaller groups, until the one that kills its engine is alone and is given up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from undo_ray.place import Place
+from undo_ray.types import GENERATION, Row, UserError
+
+FLUSH = 2.0
+"""Seconds that a finished generation waits at most for the next file, while others still finish."""
+
+SPLIT = 8
+"""Into how many groups rows go that were in flight when their engine died."""
+
+DEATHS = 24
+"""Of a replica's engine in one stage, after which the stage ends: then it is not a row that kills it."""
+
+LINES = pa.schema([("key", pa.binary(16)), ("generation", GENERATION)])
+
+
+def key(prompt: Sequence[int], seed: int) -> bytes:
+    """16 bytes that stand for a prompt's token ids and a seed."""
+    return hashlib.blake2b(repr((seed, list(prompt))).encode(), digest_size=16).digest()
+
+
+def finished(place: Place) -> int:
+    """Generations in a journal."""
+    files = [place / "done" / name for name in (place / "done").names() if name.endswith(".parquet")]
+    return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in files)
+
+
+class Journal:
+    """One replica's view of a stage's journal; safe to use from several threads.
+
+    `replica`: a name that stays the same when Ray starts the replica again. `turn` is a lock to hold while the engine works: a
+    real one after a death, so that of two groups the guilty one is known. Raises UserError when the engine died too often.
+    """
+
+    def __init__(self, place: Place, replica: str):
+        self._done, self._flight = (place / "done").made(), (place / "flight" / replica).made()
+        self._lock, self._new, self._flushed = threading.Lock(), list[Row](), time.monotonic()
+        self._known = {row["key"]: row["generation"] for table in _tables(self._done) for row in table.to_pylist()}
+        left = sorted(name for name in self._flight.names() if name.endswith(".json"))
+        deaths = [json.loads((self._flight / name).read_bytes()) for name in left]
+        self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
+        self.turn = threading.Lock() if deaths else nullcontext()
+        if len(deaths) > DEATHS:
+            reason = deaths[-1].get("error", "a kill")
+            raise UserError(
+                f"the engine died {len(deaths)} times, whatever it was given, the last time of {reason}; "
+                "lower engine.batch_size or the memory knobs in engine.kwargs (placement keys: the same run goes on)",
+                exit_code=5,
+            )
+
+    def take(self, key: bytes) -> Row | None:
+        """The generation of this key if an earlier life finished it."""
+        with self._lock:
+            return self._known.pop(key, None)
+
+    def killed(self, key: bytes) -> bool:
+        """Whether this row killed its engine when it was alone in it."""
+        return self._suspects.get(key) == 1
+
+    def groups(self, keys: Sequence[bytes]) -> list[list[int]]:
+        """Indices of the keys that may be in the engine together: one group, and smaller ones of what was there at a death."""
+        groups: dict[int, list[int]] = {}
+        for index, one in enumerate(keys):
+            groups.setdefault(self._suspects.get(one, 0), []).append(index)
+        found = [groups.pop(0)] if 0 in groups else []
+        for size, indices in sorted(groups.items()):
+            step = max(1, size // SPLIT)
+            found += [indices[start : start + step] for start in range(0, len(indices), step)]
+        return found
+
+    @contextmanager
+    def flight(self, keys: Sequence[bytes]) -> Iterator[None]:
+        """While the block runs, these rows are what the engine works on. An error in it is a death, and is noted as one."""
+        file, known = self._flight / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", {"keys": [key.hex() for key in keys]}
+        file.write_json(known)
+        try:
+            yield
+        except Exception as error:
+            file.write_json({**known, "error": f"{type(error).__name__}: {error}"[:1000]})
+            raise
+        file.remove()
+
+    def add(self, key: bytes, generation: Row) -> None:
+        """Keep a finished generation; it is on disk when another comes `FLUSH` seconds later, or at `flush`."""
+        with self._lock:
+            self._new.append({"key": key, "generation": generation})
+            if time.monotonic() - self._flushed < FLUSH:
+                return
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is not on disk yet."""
+        with self._lock:
+            lines, self._new, self._flushed = self._new, [], time.monotonic()
+        if lines:
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(lines, schema=LINES), sink)
+            (self._done / f"{uuid.uuid4().hex}.parquet").write_bytes(sink.getvalue().to_pybytes())
+
+
+def _tables(place: Place) -> Iterator[pa.Table]:
+    for name in place.names():
+        if name.endswith(".parquet"):
+            yield pq.read_table((place / name).path, filesystem=place.fs)
