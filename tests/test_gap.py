@@ -37,6 +37,7 @@ def row(
         "subject": subject,
         "history": [],
         "attempt": {"text": f"attempt of {id}", "verdict": verdict(correct, found, reason), **TOKENS},
+        "resampled": [],
         **more,
     }
 
@@ -197,6 +198,35 @@ def test_row_seeds_fit_31_bits_and_differ_by_every_part() -> None:
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert len(set(seeds)) == len(keys) == 4000
     assert [gap.row_seed(*key) for key in reversed(keys)] == seeds[::-1]
+
+
+# -- which questions are explained again --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "right, failed, unstable",  # which attempts were right; unstable below 0.75
+    [
+        ([True], False, False),
+        ([False], True, True),
+        ([True, True, True, False], False, False),  # three quarters are not below three quarters
+        ([False, True, True, True], True, False),
+        ([True, True, False, False], False, True),
+        ([False, False, False, False], True, True),
+    ],
+)
+def test_which_questions_are_explained_again(right: list[bool], failed: bool, unstable: bool) -> None:
+    first, *more = [{"verdict": verdict(good)} for good in right]
+    attempted = {"attempt": first, "resampled": more}
+    found = [gap.asks_again(attempted, regenerate, 0.75) for regenerate in ("all", "failed", "unstable")]
+    assert found == [True, failed, unstable]
+
+
+def test_a_pass_rate_of_exactly_the_threshold_is_not_below_it() -> None:
+    for n in range(1, 30):
+        for right in range(n + 1):
+            attempts = [{"verdict": verdict(i < right)} for i in range(n)]
+            row = {"attempt": attempts[0], "resampled": attempts[1:]}
+            assert not gap.asks_again(row, "unstable", right / n)
 
 
 # -- what is no lesson --------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ QUESTION = {
     "level": None,
     "answer_type": None,
 }
-ROW: dict[str, Any] = {**QUESTION, "history": [], "candidates": [], "attempt": None, "lesson": None}
+ROW: dict[str, Any] = {**QUESTION, "history": [], "candidates": [], "attempt": None, "resampled": [], "lesson": None}
 
 
 def generation(text: str | None, finish: str | None = "stop", error: str | None = None) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_a_lesson_may_quote_its_own_question_and_no_held_one(cluster: None) -> N
     judged = [(None, text, verdict(True, "6")) for text in texts]
     row = generate._judge_rationales(ROW, generations, judged, 0, recipe, held_ref)
     assert [found["refused"] for found in row["candidates"]] == ["leak", None, None]
-    assert row["lesson"]["rationale"] == texts[1]
+    assert generate.explained(row, row["candidates"], 0, keep=2)["lesson"]["rationale"] == texts[1]
 
 
 def test_a_row_that_was_not_asked_loses_its_old_candidates_alone() -> None:
@@ -183,14 +183,14 @@ def answer(round: int, text: str | None = "#### 5") -> dict[str, Any]:
 
 def test_an_attempt_is_entered_beside_the_rationale_of_its_round() -> None:
     waiting = {**past(1), "attempt": None, "attempt_verdict": None}
-    row = generate.attempted({**ROW, "history": [past(0), waiting]}, answer(1))
+    row = generate.attempted({**ROW, "history": [past(0), waiting]}, [answer(1)])
     assert row["history"] == [past(0), {**waiting, "attempt": "#### 5", "attempt_verdict": verdict(False, "5")}]
     assert row["attempt"] == answer(1)
 
 
 @pytest.mark.parametrize("history", [None, [], [past(0)]])
 def test_an_attempt_of_a_round_without_rationale_gets_an_entry_of_its_own(history: Any) -> None:
-    row = generate.attempted({**ROW, "history": history}, answer(1))
+    row = generate.attempted({**ROW, "history": history}, [answer(1)])
     assert [entry["round"] for entry in row["history"]] == [*(entry["round"] for entry in history or ()), 1]
     assert row["history"][-1] == {
         "round": 1,
@@ -202,23 +202,44 @@ def test_an_attempt_of_a_round_without_rationale_gets_an_entry_of_its_own(histor
     }
 
 
+def test_of_several_attempts_the_first_counts_and_the_first_wrong_one_is_what_the_teacher_sees() -> None:
+    right, wrong = (
+        {**answer(1, text), "verdict": verdict(good, text[-1])} for good, text in ((True, "#### 6"), (False, "#### 5"))
+    )
+    row = generate.attempted({**ROW, "history": [past(1)]}, [right, wrong, right])
+    assert (row["attempt"], row["resampled"]) == (right, [wrong, right])
+    assert (row["history"][-1]["attempt"], row["history"][-1]["attempt_verdict"]["correct"]) == ("#### 5", False)
+    assert generate.attempted(row, [right, right])["history"][-1]["attempt"] == "#### 6"
+
+
+def test_a_question_left_alone_for_rounds_keeps_its_explained_rounds_and_the_newest_attempt() -> None:
+    row = {**ROW, "history": [past(0), past(1)], "lesson": {"round": 1, "rationale": "kept"}}
+    for k in (2, 3, 4):
+        row = generate.attempted(generate.explained(row, [], k, keep=2), [answer(k)])
+    assert [entry["round"] for entry in row["history"]] == [0, 1, 4] and row["lesson"] == {"round": 1, "rationale": "kept"}
+    case = prompts.own_case(row)
+    assert [round for round, _ in case.before] == [0, 1] and case.student == "#### 5"
+    row = generate.explained(row, [candidate("a", None, 5)], 5, keep=2)
+    assert [entry["round"] for entry in row["history"]] == [1, 5]
+
+
 @pytest.mark.parametrize("split", ["show", "select", "gsm8k"])
 def test_only_training_questions_have_their_attempts_in_a_history(split: str) -> None:
     before = {**ROW, "split": split, "history": [past(0)]}
-    assert generate.attempted(before, answer(1)) == {**before, "attempt": answer(1)}
+    assert generate.attempted(before, [answer(1)]) == {**before, "attempt": answer(1)}
 
 
 def test_no_row_is_changed_in_place() -> None:
     row = {**ROW, "history": [past(0), {**past(1), "attempt": None, "attempt_verdict": None}]}
     before = copy.deepcopy(row)
-    generate.attempted(row, answer(1))
+    generate.attempted(row, [answer(1)])
     generate.explained(row, [candidate("a", None, 2)], 2, keep=1)
     assert row == before
 
 
 def test_what_the_stages_make_of_a_row_fits_the_schema_of_rows() -> None:
     row = generate.explained(ROW, [candidate("a", None, 0), candidate("b", "wrong", 0)], 0, keep=2)
-    row = generate.attempted(row, answer(0))
+    row = generate.attempted(row, [answer(0)])
     row = generate.explained(row, [candidate("c", "truncated", 1)], 1, keep=2)
     assert pa.Table.from_pylist([row], schema=ROWS).to_pylist() == [row]
 
@@ -325,8 +346,11 @@ def test_rationales_are_counted_with_their_refusals() -> None:
     counts = gap.tally(rows, "candidates")
     assert gap.total(counts) == Counter(
         {
+            "generations": 4,
             "n": 4,
+            "asked": 2,
             "good": 1,
+            "broken": 1,
             "correct": 1,
             "prompt_tokens": 28,
             "cached_tokens": 12,
@@ -349,12 +373,19 @@ def test_attempts_are_counted_where_a_row_has_one() -> None:
     assert {what: totals[what] for what in expected} == expected and totals["completion_tokens"] == 15
 
 
+def test_a_score_rests_on_first_attempts_and_tokens_on_all() -> None:
+    right, broken = ({**answer(1), "verdict": found} for found in (verdict(True, "6"), verdict(False, None, "engine_error")))
+    totals = gap.total(gap.tally([{**ROW, "attempt": right, "resampled": [answer(1), broken]}]))
+    expected = {"n": 1, "correct": 1, "good": 1, "unparsed": 0, "generations": 3, "broken": 1, "completion_tokens": 15}
+    assert {what: totals[what] for what in expected} == expected
+
+
 def test_every_sample_of_a_row_has_a_seed_of_its_own_that_batches_do_not_change() -> None:
-    seeds = generate._seeds(0, "rationale", 1, 3, ROW)
+    seeds = generate._seeds(0, "rationale", 1, range(3), ROW)
     assert len(set(seeds)) == 3
-    assert generate._seeds(0, "rationale", 1, 2, {**ROW, "split": "show"}) == seeds[:2]
-    assert not set(generate._seeds(0, "rationale", 2, 3, ROW)) & set(seeds)
-    assert not set(generate._seeds(0, "attempt", 1, 3, ROW)) & set(seeds)
+    assert generate._seeds(0, "rationale", 1, range(2), {**ROW, "split": "show"}) == seeds[:2]
+    assert not set(generate._seeds(0, "rationale", 2, range(3), ROW)) & set(seeds)
+    assert not set(generate._seeds(0, "attempt", 1, range(3), ROW)) & set(seeds)
 
 
 # -- quarantine ---------------------------------------------------------------------------------------------------------

@@ -131,6 +131,10 @@ class Teacher(_Section):
     """layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"""
     samples: PositiveInt = 1
     """rationales per question and round"""
+    regenerate: Literal["all", "failed", "unstable"] = "all"
+    """training questions explained again in round k > 0: all (paper); those student k-1 failed; those it is unsure of"""
+    unstable_below: float = Field(0.75, gt=0, le=1)
+    """pass rate over student.samples attempts below which a question counts as unstable"""
     sampling: Sampling = Sampling()
     """of rationales"""
     engine: Engine = Engine()
@@ -203,6 +207,8 @@ class Student(_Section):
     """lost workers from which a round's training goes on at the last checkpoint"""
     resources: Placed[Placement] = Placement()
     """per training worker"""
+    samples: PositiveInt = 1
+    """attempts per training question and round; more than one gives the pass rate that regenerate = "unstable" goes by"""
     sampling: Sampling = Sampling()
     """of attempts, validation and tests"""
     engine: Engine = Engine()
@@ -284,9 +290,34 @@ class Recipe(_Section):
                 )
         if self.teacher.samples > 1 and self.teacher.sampling.temperature == 0:
             raise ValueError("teacher.samples > 1 at teacher.sampling.temperature = 0 gives the same text each time; raise it")
+        self._regenerating()
         if self.round0.startswith("student:") and self.lessons.mode == "latest":
             raise ValueError('lessons.mode = "latest" needs round-0 rationales; round0 = "student:…" has none')
         return self
+
+    def _regenerating(self) -> None:
+        wanted, mode = self.teacher.regenerate, self.lessons.mode
+        samples, temperature = self.student.samples, self.student.sampling.temperature
+        if wanted != "all" and mode == "replace":
+            raise ValueError(
+                f'teacher.regenerate = "{wanted}" asks for some questions alone, and lessons.mode = "replace" would train on '
+                'those alone; set lessons.mode = "latest", where the others keep their lesson'
+            )
+        if wanted != "all" and mode == "latest" and self.round0.startswith("lessons:"):
+            raise ValueError(
+                f'teacher.regenerate = "{wanted}" with round0 = "lessons:…" needs lessons.mode = "accumulate": given lessons '
+                "belong to no question that could keep them"
+            )
+        if wanted == "unstable" and (samples == 1 or temperature == 0):
+            raise ValueError(
+                'teacher.regenerate = "unstable" needs a pass rate: set student.samples above 1 and '
+                f"student.sampling.temperature above 0; they are {samples} and {temperature:g}"
+            )
+        if wanted != "unstable" and samples > 1:
+            raise ValueError(
+                f'student.samples = {samples} is for teacher.regenerate = "unstable" alone; nothing else looks at a second '
+                "attempt"
+            )
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -1,15 +1,16 @@
 """The stages that make text: explain(), attempt() and measure(), and test() at the end.
 
-Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. A row whose
-generation failed keeps its place with its reason; a copy goes to quarantine. Figures are counted on the written rows, part by
-part, so that the driver never holds rows.
+Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. The rows that
+a round's teacher is not asked about go past its engines, which so get full batches. A row whose generation failed stays, with
+its reason; a copy goes to quarantine. Figures are counted on the written rows, part by part, so that the driver never holds
+rows.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -37,25 +38,27 @@ GENERATIONS = "generations"
 Judged = tuple[str | None, str | None, dict[str, Any]]
 """(diagnosis, the text that counts, verdict as a dict) of one generation."""
 
-ROLES = {"teacher": ("rationale", "candidates", "accepted"), "student": ("attempt", "attempt", "right")}
-"""Whose text a stage makes: what its seeds are called, the column it fills, what a good row is called."""
+ROLES = {"teacher": ("candidates", "accepted"), "student": ("attempt", "right")}
+"""Whose text a stage makes: the column it fills, what a good row is called."""
+
+DECIDED_BY = ["split", "attempt", "resampled", "candidates"]
+"""Columns that say whether a teacher is asked about a row."""
 
 
 # -- the teacher --------------------------------------------------------------------------------------------------------
 
 
 def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
-    """The teacher writes a rationale for every training question (in round 0 for the show questions too).
+    """The teacher writes a rationale for the training questions (in round 0 for the show questions too).
 
-    `gap_ref` refers to Δ(k-1), None in round 0. Fills `candidates`, `lesson` and the newest `history` entry.
+    `gap_ref` refers to Δ(k-1), None in round 0. Fills `candidates`, `lesson` and the newest `history` entry of the rows it asks
+    about (see `_asked`).
     """
     import numpy as np
     import ray
 
     k, spec, feedback = out.round, recipe.teacher, recipe.gap.feedback
-    # Where round 0 is given, so are the rationales of its training questions.
-    asked = (TRAIN,) if k else (TRAIN, SHOW) if recipe.round0 == "run" else (SHOW,)
-    render, shown = _solver(asked), 0
+    render, shown = _solver, 0
     parse: Parse = prompts.parse_solve
     if k and feedback != "none":
         shown_ref = ray.remote(_shown).options(num_cpus=0.5).remote(gap_ref, recipe, k)
@@ -67,9 +70,34 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
     read = [text for case in cases for text in (case.question, *(answer for _, answer in case.before), case.student) if text]
     held_ref = ray.put(np.union1d(held(out.ledger), clean.hashes(read))) if recipe.data.clean == "ngram" else None
     judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref)
-    totals = gap.total(_generate(rows, recipe, "teacher", spec.model, render, parse, judge, k, out))
+    asks = partial(_asked, k=k, recipe=recipe)
+    parts, asked = [_where(rows, asks, False)], _where(rows, asks, True)
+    if count := _where(rows.select_columns(DECIDED_BY), asks, True).count():
+        out.progress.total(count)
+        seeds = partial(_seeds, recipe.seed, "rationale", k, range(spec.samples))
+        parts.append(_answered(asked, recipe, "teacher", spec.model, render, parse, judge, seeds, out))
+    closed = parts[0].union(*parts[1:]).map_batches(partial(_closed, k=k, keep=recipe.gap.history), batch_format="pyarrow")
+    out.write(closed)
+    totals = gap.total(_counted(out, spec.engine, "teacher"))
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
-    out.note(shown=shown, refused=refused)
+    out.note(asked=totals["asked"], shown=shown, refused=refused)
+
+
+def _asked(row: Row, k: int, recipe: Recipe) -> bool:
+    """Whether round k's teacher is asked about a row. Reads its columns `DECIDED_BY` alone."""
+    if k:
+        return row["split"] == TRAIN and gap.asks_again(row, recipe.teacher.regenerate, recipe.teacher.unstable_below)
+    # Where round 0 is given, so are the rationales of its training questions.
+    return row["split"] == SHOW or (row["split"] == TRAIN and recipe.round0 == "run")
+
+
+def _where(rows: Dataset, test: Callable[[Row], bool], wanted: bool) -> Dataset:
+    """The rows that pass a test of their columns `DECIDED_BY`, or those that do not."""
+
+    def kept(table: pa.Table) -> pa.Table:
+        return table.filter(pa.array([test(row) is wanted for row in table.select(DECIDED_BY).to_pylist()], pa.bool_()))
+
+    return rows.map_batches(kept, batch_format="pyarrow", zero_copy_batch=True)
 
 
 def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
@@ -99,9 +127,7 @@ class _Explain:
         self.permuted: dict[str, list[Row]] = ray.get(permuted_ref) if permuted_ref is not None else {}
         self.render, self.feedback = prompts.TEMPLATES[template].render, feedback
 
-    def __call__(self, row: Row) -> list[Message] | None:
-        if row["split"] != TRAIN:
-            return None
+    def __call__(self, row: Row) -> list[Message]:
         own = prompts.own_case({**row, "history": self.permuted.get(row["id"], row["history"])})
         own = Case(own.question) if self.feedback == "block" else own
         return self.render(self.shown, own, tasks.get(row["task"]).instruction)
@@ -122,22 +148,34 @@ def _judge_rationales(
         if refused is None and runs is not None and row["split"] == TRAIN:
             refused = "leak" if clean.leaks(rationale or "", prompts.question_text(row), runs) else None
         candidates.append({**candidate, "refused": refused})
-    return explained(row, candidates, k, recipe.gap.history)
+    return {**row, "candidates": candidates}
+
+
+def _closed(table: pa.Table, k: int, keep: int) -> pa.Table:
+    """Every row after round k's last rationale."""
+    rows = [(row, [found for found in row["candidates"] if found["round"] == k]) for row in table.to_pylist()]
+    return pa.Table.from_pylist([explained(row, candidates, k, keep) for row, candidates in rows], schema=ROWS)
 
 
 def explained(row: Row, candidates: list[Row], k: int, keep: int) -> Row:
     """The row after round k's explanation: the first accepted candidate (else the first) becomes its newest history.
 
-    A row that was not asked passes with its candidates of an earlier round cleared. `keep`: history entries kept.
+    A row that was not asked passes with its candidates of an earlier round cleared: it keeps its lesson. `keep`: history
+    entries kept, those of rounds in which it was explained.
     """
     if not candidates:
         return {**row, "candidates": []}
     accepted = [candidate for candidate in candidates if candidate["refused"] is None]
     chosen = (accepted or candidates)[0]
     teacher = {"rationale": chosen["rationale"], "diagnosis": chosen["diagnosis"], "rationale_verdict": chosen["verdict"]}
-    history = [*(row["history"] or ()), _entry(k, **teacher)][-keep:]
+    history = [*_told(row), _entry(k, **teacher)][-keep:]
     lesson = {"round": k, "rationale": chosen["rationale"]} if accepted else row["lesson"]
     return {**row, "candidates": candidates, "lesson": lesson, "history": history}
+
+
+def _told(row: Row) -> list[Row]:
+    """The history without rounds that only have an attempt: a newer entry takes their place."""
+    return [dict(entry) for entry in row["history"] or () if entry["rationale"] is not None]
 
 
 def _entry(k: int, **known: Any) -> Row:
@@ -176,8 +214,11 @@ def permuted_histories(histories: dict[str, list[Row]], seed: int) -> dict[str, 
 
 
 def attempt(rows: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
-    """Student(k-1) attempts every training question, for the teacher of round k to see. Fills `attempt` and `history`."""
-    counts = _attempt(rows, student, recipe, (TRAIN,), out.round - 1, out)
+    """Student(k-1) attempts every training question, for the teacher of round k to see.
+
+    Fills `attempt`, `history` and, with `student.samples` above 1, `resampled`.
+    """
+    counts = _attempt(rows, student, recipe, (TRAIN,), out.round - 1, out, recipe.student.samples)
     out.note(train=asdict(gap.score(counts, TRAIN)))
 
 
@@ -197,45 +238,53 @@ def test(problems: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
     out.value = {name: asdict(gap.score(counts, name)) for name in names}
 
 
-def _attempt(rows: Dataset, student: str, recipe: Recipe, splits: Collection[str], k: int, out: Stage) -> gap.Tally:
-    judge = partial(_judge_attempt, k=k)
-    return _generate(rows, recipe, "student", student, _solver(splits), prompts.parse_solve, judge, k, out)
+def _attempt(
+    rows: Dataset, student: str, recipe: Recipe, splits: Collection[str], k: int, out: Stage, samples: int = 1
+) -> gap.Tally:
+    seeds, judge = partial(_seeds, recipe.seed, "attempt", k, range(samples)), partial(_judge_attempt, k=k)
+    out.progress.total(rows.count())
+    render = partial(_solver, splits)
+    out.write(_answered(rows, recipe, "student", student, render, prompts.parse_solve, judge, seeds, out))
+    return _counted(out, recipe.student.engine, "student")
 
 
-def _solver(splits: Collection[str]) -> Callable[[], engines.Render]:
-    """Row -> the plain question, for the splits asked."""
+def _solver(splits: Collection[str] | None = None) -> engines.Render:
+    """Row -> the plain question, for the splits asked, or all."""
 
     def solve(row: Row) -> list[Message] | None:
-        if row["split"] not in splits:
+        if splits is not None and row["split"] not in splits:
             return None
         return prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
 
-    return lambda: solve
+    return solve
 
 
 def _judge_attempt(row: Row, generations: list[Row], judged: list[Judged], k: int) -> Row:
-    for generation, (_, _, verdict) in zip(generations, judged, strict=True):
-        row = attempted(row, {"round": k, **generation, "verdict": verdict})
-    return row
+    attempts = [{"round": k, **given, "verdict": verdict} for given, (_, _, verdict) in zip(generations, judged, strict=True)]
+    return attempted(row, attempts) if attempts else row
 
 
-def attempted(row: Row, attempt: Row) -> Row:
-    """The row with student(k)'s attempt, entered beside round k's rationale in its history."""
-    row = {**row, "attempt": attempt}
+def attempted(row: Row, attempts: Sequence[Row]) -> Row:
+    """The row with student(k)'s attempts, the first of which counts; one is entered in its history, beside round k's rationale.
+
+    That is the first one that is not right, if any: what a question is explained again for is what its teacher must see.
+    """
+    row = {**row, "attempt": attempts[0], "resampled": list(attempts[1:])}
     if row["split"] != TRAIN:
         return row
+    shown = next((attempt for attempt in attempts if not attempt["verdict"]["correct"]), attempts[0])
     history = [dict(entry) for entry in row["history"] or ()]
-    if not history or history[-1]["round"] != attempt["round"]:
-        # Round 0 was given (`round0`), or this question has no rationale in that round.
-        history.append(_entry(attempt["round"]))
-    history[-1].update(attempt=attempt["text"], attempt_verdict=attempt["verdict"])
+    if not history or history[-1]["round"] != shown["round"]:
+        # Round 0 was given (`round0`), or the teacher was not asked about this question in that round.
+        history = [*_told(row), _entry(shown["round"])]
+    history[-1].update(attempt=shown["text"], attempt_verdict=shown["verdict"])
     return {**row, "history": history}
 
 
 # -- shared -------------------------------------------------------------------------------------------------------------
 
 
-def _generate(
+def _answered(
     rows: Dataset,
     recipe: Recipe,
     role: str,
@@ -243,30 +292,22 @@ def _generate(
     render: Callable[[], engines.Render],
     parse: Parse,
     judge: Callable[[Row, list[Row], list[Judged]], Row],
-    k: int,
+    seeds: Callable[[Row], list[int]],
     out: Stage,
-) -> gap.Tally:
-    """rows -> blocks of one batch, so that replicas share the work -> engine -> judge -> Parquet of the stage; its tally."""
-    import ray
-
+) -> Dataset:
+    """rows -> blocks of one batch, so that replicas share the work -> engine -> judge -> rows; executed when written."""
     spec: Teacher | Student = getattr(recipe, role)
-    draw, column, well = ROLES[role]
-    seeds = partial(_seeds, recipe.seed, draw, k, getattr(spec, "samples", 1))
-    out.progress.total(rows.count())
+    column, well = ROLES[role]
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(models.local, model, recipe.seed)
     answered = engines.generate(blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds))
     grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
-    out.write(answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True))
-    count = ray.remote(_count).options(num_cpus=0.5)
-    counts = sum(ray.get([count.remote(file, column) for file in out.files()]), gap.Tally())
-    _figures(gap.total(counts), out, spec.engine, role)
-    return counts
+    return answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
 
 
-def _seeds(seed: int, draw: str, k: int, samples: int, row: Row) -> list[int]:
+def _seeds(seed: int, draw: str, k: int, samples: Iterable[object], row: Row) -> list[int]:
     """One seed per sample, from what it is for: independent of batch, replica and order."""
-    return [row_seed(seed, draw, k, row["id"], sample) for sample in range(samples)]
+    return [row_seed(seed, draw, k, row["id"], sample) for sample in samples]
 
 
 def judged(generations: Sequence[tuple[Row, Row]], parse: Parse, pool: Pool) -> list[Judged]:
@@ -309,29 +350,41 @@ def _judge(
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
+def _counted(out: Stage, engine: Engine, role: str) -> gap.Tally:
+    """The tally of what a stage wrote, its figures noted."""
+    import ray
+
+    count = ray.remote(_count).options(num_cpus=0.5)
+    counts = sum(ray.get([count.remote(file, ROLES[role][0]) for file in out.files()]), gap.Tally())
+    _figures(gap.total(counts), out, engine, role)
+    return counts
+
+
 def _count(file: Place, column: str) -> gap.Tally:
     """The tally of one file of a stage."""
-    batches = pq.ParquetFile(file.path, filesystem=file.fs).iter_batches(1024, columns=["split", "subject", column])
+    columns = ["split", "subject", column, "resampled"]
+    batches = pq.ParquetFile(file.path, filesystem=file.fs).iter_batches(1024, columns=columns)
     return sum((gap.tally(batch.to_pylist(), column) for batch in batches), gap.Tally())
 
 
 def _figures(totals: Counter[str], out: Stage, engine: Engine, role: str) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
-    failures = totals[ENGINE_ERROR]
-    out.note(generations=totals["n"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
+    failures = totals["broken"]
+    out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
     tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
     out.note(tokens=tokens, gpus=engine.replicas * engine.resources.gpus)
     if not failures:
         return
     place = out.quarantine
     place.remove()
-    column = ROLES[role][1]
+    column = ROLES[role][0]
     failed = dataset(out.files()).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
     failed.write_parquet(place.made().path, filesystem=place.fs)
-    if failures > engine.max_errors * totals["n"]:
+    if failures > engine.max_errors * totals["generations"]:
         raise UserError(
-            f"{out.name}: the engine failed on {failures} of {totals['n']} generations (limit {role}.engine.max_errors = "
-            f"{engine.max_errors}); the first: {_errors(failed.take(1)[0], column)[0]}; the rows are in {place.uri}",
+            f"{out.name}: the engine failed on {failures} of {totals['generations']} generations (limit "
+            f"{role}.engine.max_errors = {engine.max_errors}); the first: {_errors(failed.take(1)[0], column)[0]}; "
+            f"the rows are in {place.uri}",
             exit_code=1,
         )
 

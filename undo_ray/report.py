@@ -27,7 +27,7 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "previous_train": figures.get("attempts", {}).get("train"),
         **{name: lessons.get(name, 0) for name in ("lessons", "duplicates")},
         "rationales": explained["generations"],
-        **{name: explained[name] for name in ("refused", "shown")},
+        **{name: explained[name] for name in ("asked", "refused", "shown")},
         "teacher_tokens": explained["tokens"],
         "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],

@@ -6,8 +6,8 @@ student is trained on, made from an accepted rationale. A **gap**, Δ(k), is wha
 teacher sees it. "Round" and "iteration" are one thing; round 0 is standard one-shot distillation.
 
 One row per problem travels round the loop. `ROWS` is its schema, identical in every round, so that no column drifts: a stage
-fills `candidates`, `attempt`, `history` and `lesson`, and passes everything else through. Names ending in `_ref` are
-`ray.ObjectRef`s; they die with the driver, so nothing that must last is ever one.
+fills the columns below the problem's own and passes everything else through. Names ending in `_ref` are `ray.ObjectRef`s; they
+die with the driver, so nothing that must last is ever one.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ ROWS = pa.schema(
         ("history", pa.list_(HISTORY)),  # oldest first
         ("candidates", pa.list_(CANDIDATE)),  # this round's samples
         ("attempt", ATTEMPT),  # the newest attempt of a student
+        ("resampled", pa.list_(ATTEMPT)),  # further samples of that student at the same question, for its pass rate
         ("lesson", pa.struct([("round", INT), ("rationale", TEXT)])),  # newest accepted rationale
     ]
 )

@@ -1,0 +1,74 @@
+"""What a recipe can do to ask a teacher less, each through a whole small run on the miniature world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+SMALL = (
+    "data.train_limit=60",
+    "data.show=12",
+    "data.select=8",
+    "data.tests=[]",
+    "rounds=1",
+    "student.tokens=6000",
+    "teacher.engine={batch_size = 16}",
+    "student.engine={batch_size = 32}",
+    "lessons.mode=latest",
+)
+
+
+def by_id(run_dir: Path, stage: str, split: str = "train") -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in runs.rows(run_dir, stage) if row["split"] == split}
+
+
+def check_asked_again(run_dir: Path, asked: set[str]) -> None:
+    """Round 1 asked about these training questions alone, and the others keep the lesson of round 0."""
+    attempts, explained, first = (
+        by_id(run_dir, f"round-{stage}") for stage in ("01/attempts", "01/rationales", "00/rationales")
+    )
+    assert explained.keys() == attempts.keys() == first.keys()
+    assert {id for id, row in explained.items() if row["candidates"]} == asked
+    for id, row in explained.items():
+        accepted = [candidate for candidate in row["candidates"] if candidate["refused"] is None]
+        assert all(candidate["round"] == 1 for candidate in row["candidates"])
+        assert row["lesson"] == ({"round": 1, "rationale": accepted[0]["rationale"]} if accepted else first[id]["lesson"])
+        assert row["history"][-1]["round"] == (1 if id in asked else 0)
+    texts = {row["id"]: row["messages"][-1]["content"] for row in runs.rows(run_dir, "round-01/lessons")}
+    assert texts == {id: row["lesson"]["rationale"] for id, row in explained.items() if row["lesson"]}
+    zero, one = runs.report(run_dir)["rounds"]
+    assert (zero["asked"], one["asked"], one["rationales"]) == (72, len(asked), len(asked))
+    assert one["teacher_tokens"]["completion"] == sum(
+        candidate["completion_tokens"] for row in explained.values() for candidate in row["candidates"]
+    )
+
+
+def test_only_failed_questions_are_explained_again_and_the_others_keep_their_lesson(tmp_path: Path) -> None:
+    # As many tokens as it takes for some attempts to be right: the skill `tens` is learnt first.
+    runs.run("mini", tmp_path / "run", *SMALL, "teacher.regenerate=failed", "student.tokens=24000")
+    attempts = by_id(tmp_path / "run", "round-01/attempts")
+    failed = {id for id, row in attempts.items() if not row["attempt"]["verdict"]["correct"]}
+    assert 0 < len(failed) < 60
+    check_asked_again(tmp_path / "run", failed)
+
+
+def test_only_questions_with_a_low_pass_rate_are_explained_again(tmp_path: Path) -> None:
+    sampled = ("student.samples=3", "student.sampling={temperature = 1.0, max_tokens = 48}", "student.tokens=24000")
+    runs.run("mini", tmp_path / "run", *SMALL, "teacher.regenerate=unstable", "teacher.unstable_below=0.5", *sampled)
+    attempts = by_id(tmp_path / "run", "round-01/attempts")
+    right = {
+        id: [attempt["verdict"]["correct"] for attempt in (row["attempt"], *row["resampled"])] for id, row in attempts.items()
+    }
+    assert {len(found) for found in right.values()} == {3}
+    unstable = {id for id, found in right.items() if sum(found) < 1.5}
+    assert {id for id, found in right.items() if not found[0]} != unstable, "one attempt does not tell"
+    check_asked_again(tmp_path / "run", unstable)
+    for id in unstable:
+        assert attempts[id]["history"][-1]["attempt_verdict"]["correct"] is False
+    train = runs.report(tmp_path / "run")["rounds"][0]["train"]
+    assert (train["n"], train["accuracy"]) == (60, pytest.approx(sum(found[0] for found in right.values()) / 60))
+    measured = runs.rows(tmp_path / "run", "round-01/measure")
+    assert all(row["attempt"] and not row["resampled"] for row in measured)
