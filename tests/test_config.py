@@ -250,11 +250,15 @@ UNSTABLE = ("teacher.regenerate=unstable", "lessons.mode=latest", "student.sampl
             "student.samples above 1 and student.sampling.temperature above 0; they are 1 and 1",
         ),
         ([*UNSTABLE, "student.sampling.temperature=0.0"], "they are 4 and 0"),
+        (
+            ["lessons.select=shortest"],
+            'lessons.select = "shortest" has one rationale to choose from; set teacher.samples above 1',
+        ),
         (["student.samples=4"], 'student.samples = 4 is for teacher.regenerate = "unstable" alone'),
         ([*UNSTABLE, "teacher.regenerate=failed"], "student.samples = 4 is for"),
     ],
 )
-def test_asking_some_questions_again_needs_what_it_goes_by_and_lessons_for_the_others(
+def test_a_way_to_save_tokens_without_what_it_needs_is_refused_with_the_remedy(
     good: Path, overrides: list[str], expected: str
 ) -> None:
     assert expected in refused(good, *overrides)

@@ -17,6 +17,7 @@ from undo_ray.progress import Progress
 from undo_ray.store import Stage, open_run
 from undo_ray.types import ROWS, UserError
 
+ROOT = Path(__file__).parent.parent
 QUESTION = {
     "id": "gsm8k/train/1",
     "task": "gsm8k",
@@ -138,6 +139,25 @@ def test_the_first_accepted_candidate_becomes_lesson_and_history() -> None:
     assert [found["rationale"] for found in row["candidates"]] == ["rationale a", "rationale b", "rationale c"]
 
 
+def test_the_shortest_accepted_candidate_becomes_the_lesson_where_the_recipe_says_so() -> None:
+    texts = {"long": "a long one", "short": "short", "same": "SHORT", "wrong": "no"}
+    found = [{**candidate(name, "wrong" if name == "wrong" else None), "rationale": text} for name, text in texts.items()]
+    row = generate.explained(ROW, found, 1, keep=2, select="shortest")
+    assert row["lesson"]["rationale"] == row["history"][-1]["rationale"] == "short"
+    assert generate.explained(ROW, found, 1, keep=2)["lesson"]["rationale"] == "a long one"
+    assert generate.explained(ROW, found[3:], 1, keep=2, select="shortest")["lesson"] is None
+
+
+def test_samples_are_asked_for_one_after_another_unless_they_have_to_be_compared() -> None:
+    def waves(*more: str) -> list[list[int]]:
+        sets = ["teacher.samples=3", "teacher.sampling.temperature=0.7", *more]
+        return [list(wave) for wave in generate._waves(config.load(ROOT / "jobs/recipes/gsm8k.toml", sets))]
+
+    assert waves() == [[0], [1], [2]]
+    assert waves("lessons.select=shortest") == [[0, 1, 2]]
+    assert waves("teacher.samples=1") == [[0]]
+
+
 def test_without_an_accepted_candidate_the_first_is_remembered_and_the_old_lesson_stays() -> None:
     lesson = {"round": 0, "rationale": "old"}
     row = generate.explained({**ROW, "lesson": lesson}, [candidate("a", "wrong"), candidate("b", "frame")], 1, keep=2)
@@ -155,7 +175,7 @@ def test_a_lesson_may_quote_its_own_question_and_no_held_one(cluster: None) -> N
 
     foreign = "nine ships leave the old harbour every day at noon"
     held_ref = ray.put(clean.hashes([foreign, ROW["question"]]))
-    recipe = config.load(Path(__file__).parent.parent / "jobs/recipes/gsm8k.toml")
+    recipe = config.load(ROOT / "jobs/recipes/gsm8k.toml")
     texts = [f"As {foreign}, it is 6.", f"{ROW['question']} It is 6.", "nine ships leave the old harbour. 6"]
     generations = [generation(text) for text in texts]
     judged = [(None, text, verdict(True, "6")) for text in texts]
@@ -398,8 +418,8 @@ def test_rows_the_engine_failed_on_are_copied_apart_and_too_many_of_them_fail_th
     rows = [{**ROW, "id": f"q{i}", "attempt": broken if i in (3, 7) else answer(0)} for i in range(10)]
 
     def attempts(limit: float, out: Stage) -> None:
-        out.write(ray.data.from_arrow(pa.Table.from_pylist(rows, schema=ROWS)))
-        generate._figures(gap.total(gap.tally(rows)), out, Engine(max_errors=limit), "student")
+        files = out.write(ray.data.from_arrow(pa.Table.from_pylist(rows, schema=ROWS)))
+        generate._figures(gap.total(gap.tally(rows)), files, out, Engine(max_errors=limit), "student")
 
     recipe = Recipe.model_validate(
         {"data": {"train": "gsm8k"}, "teacher": {"model": "t"}, "student": {"model": "s", "tokens": 1000}}

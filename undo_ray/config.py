@@ -130,7 +130,7 @@ class Teacher(_Section):
     template: Literal["prefix", "paper", "compact"] = "prefix"
     """layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"""
     samples: PositiveInt = 1
-    """rationales per question and round"""
+    """most rationales per question and round; the next is asked for where none was accepted, all at once for "shortest" """
     regenerate: Literal["all", "failed", "unstable"] = "all"
     """training questions explained again in round k > 0: all (paper); those student k-1 failed; those it is unsure of"""
     unstable_below: float = Field(0.75, gt=0, le=1)
@@ -230,6 +230,8 @@ class Lessons(_Section):
 
     mode: Literal["replace", "latest", "accumulate"] = "replace"
     """this round's (paper); each question's newest; or all so far without duplicates"""
+    select: Literal["first", "shortest"] = "first"
+    """which accepted rationale of a question is its lesson: the first, or the shortest of teacher.samples"""
     keep_wrong: bool = False
     """also train on rationales with a wrong or missing answer: for trials, and marked in the report"""
 
@@ -290,6 +292,8 @@ class Recipe(_Section):
                 )
         if self.teacher.samples > 1 and self.teacher.sampling.temperature == 0:
             raise ValueError("teacher.samples > 1 at teacher.sampling.temperature = 0 gives the same text each time; raise it")
+        if self.lessons.select == "shortest" and self.teacher.samples == 1:
+            raise ValueError('lessons.select = "shortest" has one rationale to choose from; set teacher.samples above 1')
         self._regenerating()
         if self.round0.startswith("student:") and self.lessons.mode == "latest":
             raise ValueError('lessons.mode = "latest" needs round-0 rationales; round0 = "student:…" has none')

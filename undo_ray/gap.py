@@ -121,6 +121,15 @@ def good(row: Row, column: str) -> bool:
     return any(text["verdict"]["correct"] for text in made(row, column)[:1])
 
 
+def selected(candidates: Sequence[Row], select: str) -> Row | None:
+    """The accepted candidate that becomes the lesson: the `first`, or the `shortest` by the characters of its rationale (of
+    equals the first); None when none was accepted."""
+    accepted = [candidate for candidate in candidates if candidate["refused"] is None]
+    if select == "shortest":
+        accepted.sort(key=lambda candidate: len(candidate["rationale"]))
+    return accepted[0] if accepted else None
+
+
 def asks_again(row: Row, regenerate: str, unstable_below: float) -> bool:
     """Whether the teacher of a round k > 0 explains a training question again, by what student k-1 made of it.
 

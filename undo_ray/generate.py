@@ -1,9 +1,9 @@
 """The stages that make text: explain(), attempt() and measure(), and test() at the end.
 
-Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. The rows that
-a round's teacher is not asked about go past its engines, which so get full batches. A row whose generation failed stays, with
-its reason; a copy goes to quarantine. Figures are counted on the written rows, part by part, so that the driver never holds
-rows.
+Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. explain() is
+several of them where the teacher may be asked again: each asks about the rows that those before left without an accepted
+rationale, in full batches; all others go past the engines. A row whose generation failed stays, with its reason; a copy goes to
+quarantine. Figures are counted on the written rows, part by part, so that the driver never holds rows.
 """
 
 from __future__ import annotations
@@ -70,15 +70,26 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
     read = [text for case in cases for text in (case.question, *(answer for _, answer in case.before), case.student) if text]
     held_ref = ray.put(np.union1d(held(out.ledger), clean.hashes(read))) if recipe.data.clean == "ngram" else None
     judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref)
-    asks = partial(_asked, k=k, recipe=recipe)
-    parts, asked = [_where(rows, asks, False)], _where(rows, asks, True)
-    if count := _where(rows.select_columns(DECIDED_BY), asks, True).count():
-        out.progress.total(count)
-        seeds = partial(_seeds, recipe.seed, "rationale", k, range(spec.samples))
-        parts.append(_answered(asked, recipe, "teacher", spec.model, render, parse, judge, seeds, out))
-    closed = parts[0].union(*parts[1:]).map_batches(partial(_closed, k=k, keep=recipe.gap.history), batch_format="pyarrow")
-    out.write(closed)
-    totals = gap.total(_counted(out, spec.engine, "teacher"))
+    asks: Callable[[Row], bool] = partial(_asked, k=k, recipe=recipe)
+    waves, parts, total = _waves(recipe), [], 0
+    for number, samples in enumerate(waves, 1):
+        count = _where(rows.select_columns(DECIDED_BY), asks, True).count()
+        parts.append(_where(rows, asks, False))
+        rows = _where(rows, asks, True)
+        if not count:
+            break
+        total += count
+        out.progress.total(total)
+        seeds = partial(_seeds, recipe.seed, "rationale", k, samples)
+        rows = _answered(rows, recipe, "teacher", spec.model, render, parse, judge, seeds, out)
+        if number < len(waves):  # executed before the next begins: one pool of engines at a time, and no row asked in vain
+            files = out.write(rows, f"waves/{number}")
+            _counted(files, out, spec.engine, "teacher")
+            rows, asks = dataset(files), _unsettled
+    close = partial(_closed, k=k, keep=recipe.gap.history, select=recipe.lessons.select)
+    files = out.write(rows.union(*parts).map_batches(close, batch_format="pyarrow"))
+    (out.place / "waves").remove()
+    totals = gap.total(_counted(files, out, spec.engine, "teacher"))
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
     out.note(asked=totals["asked"], shown=shown, refused=refused)
 
@@ -89,6 +100,17 @@ def _asked(row: Row, k: int, recipe: Recipe) -> bool:
         return row["split"] == TRAIN and gap.asks_again(row, recipe.teacher.regenerate, recipe.teacher.unstable_below)
     # Where round 0 is given, so are the rationales of its training questions.
     return row["split"] == SHOW or (row["split"] == TRAIN and recipe.round0 == "run")
+
+
+def _unsettled(row: Row) -> bool:
+    """Whether a row that was asked about has no accepted rationale of this round yet."""
+    return not gap.good(row, "candidates")
+
+
+def _waves(recipe: Recipe) -> list[range]:
+    """The samples asked for in turn, each wave for the questions that the earlier ones left without an accepted rationale."""
+    n = recipe.teacher.samples
+    return [range(n)] if recipe.lessons.select == "shortest" else [range(i, i + 1) for i in range(n)]
 
 
 def _where(rows: Dataset, test: Callable[[Row], bool], wanted: bool) -> Dataset:
@@ -139,7 +161,7 @@ def _judge_rationales(
     import ray
 
     runs = ray.get(held_ref) if held_ref is not None and generations and not tasks.get(row["task"]).templated else None
-    candidates = []
+    candidates = _of_round(row, k)
     for generation, (diagnosis, rationale, verdict) in zip(generations, judged, strict=True):
         if rationale is None and recipe.lessons.keep_wrong:
             rationale = (generation["text"] or "").strip() or None
@@ -151,22 +173,27 @@ def _judge_rationales(
     return {**row, "candidates": candidates}
 
 
-def _closed(table: pa.Table, k: int, keep: int) -> pa.Table:
+def _of_round(row: Row, k: int) -> list[Row]:
+    """A row's candidates of round k; those of an earlier round are still there when it begins."""
+    return [candidate for candidate in row["candidates"] or () if candidate["round"] == k]
+
+
+def _closed(table: pa.Table, k: int, keep: int, select: str) -> pa.Table:
     """Every row after round k's last rationale."""
-    rows = [(row, [found for found in row["candidates"] if found["round"] == k]) for row in table.to_pylist()]
-    return pa.Table.from_pylist([explained(row, candidates, k, keep) for row, candidates in rows], schema=ROWS)
+    rows = [explained(row, _of_round(row, k), k, keep, select) for row in table.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=ROWS)
 
 
-def explained(row: Row, candidates: list[Row], k: int, keep: int) -> Row:
-    """The row after round k's explanation: the first accepted candidate (else the first) becomes its newest history.
+def explained(row: Row, candidates: list[Row], k: int, keep: int, select: str = "first") -> Row:
+    """The row after round k's explanation: the selected accepted candidate (else the first) becomes its newest history.
 
     A row that was not asked passes with its candidates of an earlier round cleared: it keeps its lesson. `keep`: history
     entries kept, those of rounds in which it was explained.
     """
     if not candidates:
         return {**row, "candidates": []}
-    accepted = [candidate for candidate in candidates if candidate["refused"] is None]
-    chosen = (accepted or candidates)[0]
+    accepted = gap.selected(candidates, select)
+    chosen = accepted or candidates[0]
     teacher = {"rationale": chosen["rationale"], "diagnosis": chosen["diagnosis"], "rationale_verdict": chosen["verdict"]}
     history = [*_told(row), _entry(k, **teacher)][-keep:]
     lesson = {"round": k, "rationale": chosen["rationale"]} if accepted else row["lesson"]
@@ -244,8 +271,8 @@ def _attempt(
     seeds, judge = partial(_seeds, recipe.seed, "attempt", k, range(samples)), partial(_judge_attempt, k=k)
     out.progress.total(rows.count())
     render = partial(_solver, splits)
-    out.write(_answered(rows, recipe, "student", student, render, prompts.parse_solve, judge, seeds, out))
-    return _counted(out, recipe.student.engine, "student")
+    files = out.write(_answered(rows, recipe, "student", student, render, prompts.parse_solve, judge, seeds, out))
+    return _counted(files, out, recipe.student.engine, "student")
 
 
 def _solver(splits: Collection[str] | None = None) -> engines.Render:
@@ -350,13 +377,13 @@ def _judge(
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
-def _counted(out: Stage, engine: Engine, role: str) -> gap.Tally:
+def _counted(files: list[Place], out: Stage, engine: Engine, role: str) -> gap.Tally:
     """The tally of what a stage wrote, its figures noted."""
     import ray
 
     count = ray.remote(_count).options(num_cpus=0.5)
-    counts = sum(ray.get([count.remote(file, ROLES[role][0]) for file in out.files()]), gap.Tally())
-    _figures(gap.total(counts), out, engine, role)
+    counts = sum(ray.get([count.remote(file, ROLES[role][0]) for file in files]), gap.Tally())
+    _figures(gap.total(counts), files, out, engine, role)
     return counts
 
 
@@ -367,7 +394,7 @@ def _count(file: Place, column: str) -> gap.Tally:
     return sum((gap.tally(batch.to_pylist(), column) for batch in batches), gap.Tally())
 
 
-def _figures(totals: Counter[str], out: Stage, engine: Engine, role: str) -> None:
+def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engine, role: str) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
     failures = totals["broken"]
     out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
@@ -378,7 +405,7 @@ def _figures(totals: Counter[str], out: Stage, engine: Engine, role: str) -> Non
     place = out.quarantine
     place.remove()
     column = ROLES[role][0]
-    failed = dataset(out.files()).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
+    failed = dataset(files).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
     failed.write_parquet(place.made().path, filesystem=place.fs)
     if failures > engine.max_errors * totals["generations"]:
         raise UserError(
