@@ -81,6 +81,7 @@ IDENTITY = {
     "teacher.template": '"paper"',
     "teacher.samples": "2",
     "teacher.unstable_below": "0.5",
+    "teacher.hints": '"cascade"',
     "teacher.sampling.temperature": "0.1",
     "teacher.sampling.top_p": "0.5",
     "teacher.sampling.max_tokens": "100",

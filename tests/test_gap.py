@@ -236,7 +236,7 @@ def candidate(
     rationale: str | None, finish: str | None = "stop", correct: bool = True, reason: str | None = None
 ) -> dict[str, Any]:
     answer = None if reason else "4"
-    return {"rationale": rationale, "finish_reason": finish, "verdict": verdict(correct, answer, reason)}
+    return {"rationale": rationale, "finish_reason": finish, "verdict": verdict(correct, answer, reason), "hint": None}
 
 
 FRAMED = "The student's answer is wrong: 2 + 2 = 4."
@@ -259,6 +259,13 @@ FRAMED = "The student's answer is wrong: 2 + 2 = 4."
 def test_the_first_reason_that_holds_is_given(given: dict[str, Any], strict: str | None, trial: str | None) -> None:
     assert gap.refusal(given, "What is 2 + 2?") == strict
     assert gap.refusal(given, "What is 2 + 2?", keep_wrong=True) == trial
+
+
+def test_a_mention_of_the_hint_is_refused_where_there_was_one() -> None:
+    given = candidate("The given answer is 4, and 2 + 2 = 4.")
+    assert gap.refusal(given, "What is 2 + 2?") is None
+    assert [gap.refusal({**given, "hint": hint}, "What is 2 + 2?") for hint in ("answer", "solution")] == ["hint", "hint"]
+    assert gap.refusal({**candidate("2 + 2 = 4"), "hint": "answer"}, "What is 2 + 2?") is None
 
 
 def test_a_student_in_the_question_may_be_in_the_lesson() -> None:

@@ -27,6 +27,7 @@ QUESTION = {
     "choices": None,
     "subject": None,
     "level": None,
+    "solution": None,
     "answer_type": None,
 }
 ROW: dict[str, Any] = {**QUESTION, "history": [], "candidates": [], "attempt": None, "resampled": [], "lesson": None}
@@ -105,6 +106,7 @@ def candidate(name: str, refused: str | None, round: int = 1) -> dict[str, Any]:
     return {
         **generation(name),
         "round": round,
+        "hint": None,
         "diagnosis": f"diagnosis {name}",
         "rationale": f"rationale {name}",
         "verdict": verdict(refused is None, "6"),
@@ -125,7 +127,7 @@ def past(round: int) -> dict[str, Any]:
 
 def test_the_first_accepted_candidate_becomes_lesson_and_history() -> None:
     row = generate.explained(ROW, [candidate("a", "wrong"), candidate("b", None), candidate("c", None)], 1, keep=2)
-    assert row["lesson"] == {"round": 1, "rationale": "rationale b"}
+    assert row["lesson"] == {"round": 1, "hint": None, "rationale": "rationale b"}
     assert row["history"] == [
         {
             "round": 1,
@@ -149,13 +151,19 @@ def test_the_shortest_accepted_candidate_becomes_the_lesson_where_the_recipe_say
 
 
 def test_samples_are_asked_for_one_after_another_unless_they_have_to_be_compared() -> None:
-    def waves(*more: str) -> list[list[int]]:
+    def waves(*more: str) -> list[tuple[list[object], str | None]]:
         sets = ["teacher.samples=3", "teacher.sampling.temperature=0.7", *more]
-        return [list(wave) for wave in generate._waves(config.load(ROOT / "jobs/recipes/gsm8k.toml", sets))]
+        return [(list(asked), hint) for asked, hint in generate._waves(config.load(ROOT / "jobs/recipes/gsm8k.toml", sets))]
 
-    assert waves() == [[0], [1], [2]]
-    assert waves("lessons.select=shortest") == [[0, 1, 2]]
-    assert waves("teacher.samples=1") == [[0]]
+    assert waves() == [([0], None), ([1], None), ([2], None)]
+    assert waves("lessons.select=shortest") == [([0, 1, 2], None)]
+    assert waves("teacher.samples=1") == [([0], None)]
+    assert waves("teacher.samples=1", "teacher.hints=answer") == [([0], None), (["answer"], "answer")]
+    assert waves("lessons.select=shortest", "teacher.hints=cascade") == [
+        ([0, 1, 2], None),
+        (["answer"], "answer"),
+        (["solution"], "solution"),
+    ]
 
 
 def test_without_an_accepted_candidate_the_first_is_remembered_and_the_old_lesson_stays() -> None:
@@ -182,6 +190,52 @@ def test_a_lesson_may_quote_its_own_question_and_no_held_one(cluster: None) -> N
     row = generate._judge_rationales(ROW, generations, judged, 0, recipe, held_ref)
     assert [found["refused"] for found in row["candidates"]] == ["leak", None, None]
     assert generate.explained(row, row["candidates"], 0, keep=2)["lesson"]["rationale"] == texts[1]
+
+
+def test_a_copy_of_the_solution_is_refused_where_it_was_shown(cluster: None) -> None:
+    solution = "Each pen costs 2 dollars and there are 3 pens, so we multiply 2 by 3 and get 6 dollars in all."
+    other = "To buy three pens at two dollars each we add two dollars three times over, which makes 6."
+    recipe = config.load(ROOT / "jobs/recipes/gsm8k.toml")
+    row = {**ROW, "solution": solution}
+    texts = [solution, f"{solution[:-1]}, that is 6.", other, "By the reference solution it is 6."]
+    judged = [(None, text, verdict(True, "6")) for text in texts]
+    refused = {}
+    for hint in ("solution", "answer", None):
+        found = generate._judge_rationales(row, [generation(text) for text in texts], judged, 0, recipe, hint=hint)
+        assert {candidate["hint"] for candidate in found["candidates"]} == {hint}
+        refused[hint] = [candidate["refused"] for candidate in found["candidates"]]
+    assert refused == {
+        "solution": ["copy", "copy", None, "hint"],
+        "answer": [None, None, None, "hint"],
+        None: [None, None, None, None],
+    }
+
+
+def test_candidates_of_this_round_are_added_to_and_those_of_an_earlier_one_go() -> None:
+    recipe = config.load(ROOT / "jobs/recipes/gsm8k.toml")
+    row = {**ROW, "candidates": [candidate("old", None, 0), candidate("first", "wrong", 1)]}
+    found = generate._judge_rationales(row, [generation("#### 6")], [(None, "#### 6", verdict(True, "6"))], 1, recipe)
+    assert [given["text"] for given in found["candidates"]] == ["first", "#### 6"]
+
+
+def test_a_hinted_rationale_makes_a_marked_lesson_and_is_counted() -> None:
+    hinted = [{**candidate("a", "wrong"), "hint": "answer"}, {**candidate("b", None), "hint": "solution"}]
+    row = generate.explained(ROW, [candidate("plain", "wrong"), *hinted], 1, keep=2)
+    assert row["lesson"] == {"round": 1, "hint": "solution", "rationale": "rationale b"}
+    [lesson] = lessons([row], 1, "replace")
+    assert lesson["hint"] == "solution"
+    totals = gap.total(gap.tally([row], "candidates"))
+    assert [totals[f"{what} {hint}"] for hint in ("answer", "solution") for what in ("hinted", "accepted")] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "split, hint, open", [("train", "answer", True), ("train", "solution", False), ("show", "answer", False)]
+)
+def test_hints_are_for_training_questions_that_have_them(split: str, hint: str, open: bool) -> None:
+    row = {**ROW, "split": split, "candidates": [candidate("a", "wrong")]}
+    assert generate._unsettled(row, hint) is open
+    assert generate._unsettled(row, None) is True
+    assert generate._unsettled({**row, "candidates": [candidate("b", None)]}, None) is False
 
 
 def test_a_row_that_was_not_asked_loses_its_old_candidates_alone() -> None:
@@ -330,6 +384,7 @@ def test_a_lesson_is_the_plain_question_and_the_rationale() -> None:
     assert lesson == {
         "id": "gsm8k/train/1",
         "round": 1,
+        "hint": None,
         "messages": [
             {
                 "role": "user",

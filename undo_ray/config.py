@@ -135,6 +135,8 @@ class Teacher(_Section):
     """training questions explained again in round k > 0: all (paper); those student k-1 failed; those it is unsure of"""
     unstable_below: float = Field(0.75, gt=0, le=1)
     """pass rate over student.samples attempts below which a question counts as unstable"""
+    hints: Literal["off", "answer", "solution", "cascade"] = "off"
+    """what of the gold is shown where no sample was accepted: nothing, answer, solution, or one after the other; marked"""
     sampling: Sampling = Sampling()
     """of rationales"""
     engine: Engine = Engine()

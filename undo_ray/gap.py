@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from undo_ray.frame import frame_phrase
+from undo_ray.frame import frame_phrase, hint_phrase
 from undo_ray.prompts import Case, own_case
 from undo_ray.types import ENGINE_ERROR, SELECT, SHOW, TRUNCATED, Row
 
@@ -86,7 +86,8 @@ def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
     """Count what a stage made in `column` of its rows, `attempt` or `candidates`.
 
     Per text: `generations`, `broken` (the engine failed) and its three token counts. Per candidate, and per question's first
-    attempt: `n`, `correct`, `unparsed`, the verdict's reason, `refused REASON`. Per row: `good`, `asked` (it has a text).
+    attempt: `n`, `correct`, `unparsed`, the verdict's reason, `refused REASON`, `hinted HINT`, `accepted HINT`. Per row:
+    `good`, `asked` (it has a text).
     """
     counts = Tally()
     for row in rows:
@@ -101,6 +102,8 @@ def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
             found.update(n=1, correct=verdict["correct"])
             if verdict["reason"]:
                 found.update(["unparsed", verdict["reason"]])
+            if hint := text.get("hint"):
+                found.update({f"hinted {hint}": 1, f"accepted {hint}": text["refused"] is None})
             if text.get("refused"):
                 found["refused " + text["refused"]] += 1
         counts.update({(row["split"], row["subject"] or "", what): count for what, count in found.items()})
@@ -179,9 +182,10 @@ def shuffled(cases: Sequence[Case], seed: int) -> tuple[Case, ...]:
 
 
 def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = False) -> str | None:
-    """Why a graded candidate is no lesson by itself: its verdict's reason, `wrong`, or `frame`; None when it may be one.
+    """Why a graded candidate is no lesson by itself: its verdict's reason, `wrong`, `frame` or `hint`; None when it may be one.
 
     `frame` is a rationale that talks about the tutoring ("the student's answer"…): true to its prompt, useless as a lesson.
+    `hint` is one that talks about the answer its teacher was shown.
     With `keep_wrong` a finished rationale is accepted whatever its answer, and without one.
     """
     verdict = candidate["verdict"]
@@ -189,7 +193,9 @@ def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = Fals
         return str(verdict["reason"])
     if not verdict["correct"] and not keep_wrong:
         return verdict["reason"] or "wrong"
-    return "frame" if frame_phrase(candidate["rationale"], question) else None
+    if frame_phrase(candidate["rationale"], question):
+        return "frame"
+    return "hint" if candidate["hint"] and hint_phrase(candidate["rationale"], question) else None
 
 
 def converged(accuracies: Sequence[float], patience: int, min_gain: float) -> bool:

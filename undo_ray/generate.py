@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ Judged = tuple[str | None, str | None, dict[str, Any]]
 ROLES = {"teacher": ("candidates", "accepted"), "student": ("attempt", "right")}
 """Whose text a stage makes: the column it fills, what a good row is called."""
 
-DECIDED_BY = ["split", "attempt", "resampled", "candidates"]
+DECIDED_BY = ["split", "answer", "solution", "attempt", "resampled", "candidates"]
 """Columns that say whether a teacher is asked about a row."""
 
 
@@ -58,21 +58,21 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
     import ray
 
     k, spec, feedback = out.round, recipe.teacher, recipe.gap.feedback
-    render, shown = _solver, 0
+    shown_ref = permuted_ref = None
     parse: Parse = prompts.parse_solve
     if k and feedback != "none":
         shown_ref = ray.remote(_shown).options(num_cpus=0.5).remote(gap_ref, recipe, k)
         permuted_ref = _permuted(rows, recipe, k) if feedback == "shuffled" else None
-        render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback)
-        parse, shown = prompts.TEMPLATES[spec.template].parse, len(ray.get(shown_ref))
+        parse = prompts.TEMPLATES[spec.template].parse
     # Of the shown examples the teacher has read every word, answers included.
-    cases = ray.get(shown_ref) if shown else ()
+    cases = ray.get(shown_ref) if shown_ref is not None else ()
     read = [text for case in cases for text in (case.question, *(answer for _, answer in case.before), case.student) if text]
     held_ref = ray.put(np.union1d(held(out.ledger), clean.hashes(read))) if recipe.data.clean == "ngram" else None
-    judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref)
     asks: Callable[[Row], bool] = partial(_asked, k=k, recipe=recipe)
-    waves, parts, total = _waves(recipe), [], 0
-    for number, samples in enumerate(waves, 1):
+    waves, total = _waves(recipe), 0
+    parts: list[Dataset] = []
+    for number, (samples, hint) in enumerate(waves, 1):
+        asks = partial(_unsettled, hint=hint) if parts else asks
         count = _where(rows.select_columns(DECIDED_BY), asks, True).count()
         parts.append(_where(rows, asks, False))
         rows = _where(rows, asks, True)
@@ -81,17 +81,21 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
         total += count
         out.progress.total(total)
         seeds = partial(_seeds, recipe.seed, "rationale", k, samples)
+        render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback, hint)
+        judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref, hint=hint)
         rows = _answered(rows, recipe, "teacher", spec.model, render, parse, judge, seeds, out)
         if number < len(waves):  # executed before the next begins: one pool of engines at a time, and no row asked in vain
             files = out.write(rows, f"waves/{number}")
             _counted(files, out, spec.engine, "teacher")
-            rows, asks = dataset(files), _unsettled
+            rows = dataset(files)
     close = partial(_closed, k=k, keep=recipe.gap.history, select=recipe.lessons.select)
     files = out.write(rows.union(*parts).map_batches(close, batch_format="pyarrow"))
     (out.place / "waves").remove()
     totals = gap.total(_counted(files, out, spec.engine, "teacher"))
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
-    out.note(asked=totals["asked"], shown=shown, refused=refused)
+    hints = [hint for _, hint in waves if hint]
+    hinted = {hint: {"asked": totals[f"hinted {hint}"], "accepted": totals[f"accepted {hint}"]} for hint in hints}
+    out.note(asked=totals["asked"], hinted=hinted, shown=len(cases), refused=refused)
 
 
 def _asked(row: Row, k: int, recipe: Recipe) -> bool:
@@ -102,15 +106,24 @@ def _asked(row: Row, k: int, recipe: Recipe) -> bool:
     return row["split"] == SHOW or (row["split"] == TRAIN and recipe.round0 == "run")
 
 
-def _unsettled(row: Row) -> bool:
-    """Whether a row that was asked about has no accepted rationale of this round yet."""
-    return not gap.good(row, "candidates")
+def _unsettled(row: Row, hint: str | None) -> bool:
+    """Whether a row that was asked about has no accepted rationale of this round yet, and the gold that a hint would show.
+
+    Only training questions are hinted at: those of `show` are no lessons, and stand in every later prompt.
+    """
+    return not gap.good(row, "candidates") and (hint is None or (row["split"] == TRAIN and bool(row[hint])))
 
 
-def _waves(recipe: Recipe) -> list[range]:
-    """The samples asked for in turn, each wave for the questions that the earlier ones left without an accepted rationale."""
-    n = recipe.teacher.samples
-    return [range(n)] if recipe.lessons.select == "shortest" else [range(i, i + 1) for i in range(n)]
+Wave = tuple[Sequence[object], str | None]
+"""(samples of a question that are asked for at once, what of its gold is shown: `answer`, `solution` or None)."""
+
+
+def _waves(recipe: Recipe) -> list[Wave]:
+    """What is asked in turn, each wave for the questions that the earlier ones left without an accepted rationale."""
+    n, hints = recipe.teacher.samples, recipe.teacher.hints
+    plain = [range(n)] if recipe.lessons.select == "shortest" else [range(i, i + 1) for i in range(n)]
+    shown = {"off": [], "cascade": ["answer", "solution"]}.get(hints, [hints])
+    return [*((samples, None) for samples in plain), *(((hint,), hint) for hint in shown)]
 
 
 def _where(rows: Dataset, test: Callable[[Row], bool], wanted: bool) -> Dataset:
@@ -130,8 +143,9 @@ def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
     directory, spec = models.local(recipe.teacher.model, recipe.seed), recipe.teacher
     tokenizer = AutoTokenizer.from_pretrained(directory)
     context = spec.engine.context or AutoConfig.from_pretrained(directory).max_position_embeddings
-    # Beside the examples there must be room for the question's own history and for the answer.
+    # Beside the examples there must be room for the question's own history, a solution it may be hinted with, and the answer.
     own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
+    own += spec.sampling.max_tokens if spec.hints in ("solution", "cascade") else 0
     budget = min(spec.prompt_tokens, context - own - spec.sampling.max_tokens)
     render = prompts.TEMPLATES[spec.template].render
     while cases and len(tokenizer(render(cases, Case(""), "")[0]["content"])["input_ids"]) > budget:
@@ -140,23 +154,37 @@ def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
 
 
 class _Explain:
-    """Row -> the chat that asks the teacher for a rationale against Δ."""
+    """Row -> the chat that asks the teacher for a rationale: against Δ, or plainly where there is none (`shown_ref` None).
 
-    def __init__(self, shown_ref: Any, permuted_ref: Any, template: str, feedback: str):
+    `hint`: the column of the row's gold that the chat shows.
+    """
+
+    def __init__(self, shown_ref: Any, permuted_ref: Any, template: str, feedback: str, hint: str | None):
         import ray
 
-        self.shown: Sequence[Case] = () if feedback == "history" else ray.get(shown_ref)
+        self.plain, self.feedback, self.hint = shown_ref is None, feedback, hint
+        self.shown: Sequence[Case] = () if self.plain or feedback == "history" else ray.get(shown_ref)
         self.permuted: dict[str, list[Row]] = ray.get(permuted_ref) if permuted_ref is not None else {}
-        self.render, self.feedback = prompts.TEMPLATES[template].render, feedback
+        self.template = prompts.TEMPLATES[template]
 
     def __call__(self, row: Row) -> list[Message]:
+        instruction = tasks.get(row["task"]).instruction
+        hint = self.template.hint(self.hint, row[self.hint]) if self.hint else None
+        if self.plain:
+            return prompts.solve(prompts.question_text(row), instruction, hint)
         own = prompts.own_case({**row, "history": self.permuted.get(row["id"], row["history"])})
         own = Case(own.question) if self.feedback == "block" else own
-        return self.render(self.shown, own, tasks.get(row["task"]).instruction)
+        return self.template.render(self.shown, replace(own, hint=hint), instruction)
 
 
 def _judge_rationales(
-    row: Row, generations: list[Row], judged: list[Judged], k: int, recipe: Recipe, held_ref: Any = None
+    row: Row,
+    generations: list[Row],
+    judged: list[Judged],
+    k: int,
+    recipe: Recipe,
+    held_ref: Any = None,
+    hint: str | None = None,
 ) -> Row:
     import ray
 
@@ -165,10 +193,13 @@ def _judge_rationales(
     for generation, (diagnosis, rationale, verdict) in zip(generations, judged, strict=True):
         if rationale is None and recipe.lessons.keep_wrong:
             rationale = (generation["text"] or "").strip() or None
-        candidate = {"round": k, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
+        candidate = {"round": k, "hint": hint, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
         refused = gap.refusal(candidate, row["question"], recipe.lessons.keep_wrong)
         if refused is None and runs is not None and row["split"] == TRAIN:
             refused = "leak" if clean.leaks(rationale or "", prompts.question_text(row), runs) else None
+        if refused is None and hint == "solution":
+            share = clean.copied(rationale or "", row["solution"], prompts.question_text(row))
+            refused = "copy" if share >= clean.COPY else None
         candidates.append({**candidate, "refused": refused})
     return {**row, "candidates": candidates}
 
@@ -196,7 +227,7 @@ def explained(row: Row, candidates: list[Row], k: int, keep: int, select: str = 
     chosen = accepted or candidates[0]
     teacher = {"rationale": chosen["rationale"], "diagnosis": chosen["diagnosis"], "rationale_verdict": chosen["verdict"]}
     history = [*_told(row), _entry(k, **teacher)][-keep:]
-    lesson = {"round": k, "rationale": chosen["rationale"]} if accepted else row["lesson"]
+    lesson = {name: chosen[name] for name in ("round", "hint", "rationale")} if accepted else row["lesson"]
     return {**row, "candidates": candidates, "lesson": lesson, "history": history}
 
 
@@ -275,11 +306,11 @@ def _attempt(
     return _counted(files, out, recipe.student.engine, "student")
 
 
-def _solver(splits: Collection[str] | None = None) -> engines.Render:
-    """Row -> the plain question, for the splits asked, or all."""
+def _solver(splits: Collection[str]) -> engines.Render:
+    """Row -> the plain question, for the splits asked."""
 
     def solve(row: Row) -> list[Message] | None:
-        if splits is not None and row["split"] not in splits:
+        if row["split"] not in splits:
             return None
         return prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
 
