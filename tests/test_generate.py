@@ -426,6 +426,7 @@ def test_rationales_are_counted_with_their_refusals() -> None:
             "asked": 2,
             "good": 1,
             "broken": 1,
+            "failed": 1,
             "correct": 1,
             "prompt_tokens": 28,
             "cached_tokens": 12,
@@ -451,8 +452,24 @@ def test_attempts_are_counted_where_a_row_has_one() -> None:
 def test_a_score_rests_on_first_attempts_and_tokens_on_all() -> None:
     right, broken = ({**answer(1), "verdict": found} for found in (verdict(True, "6"), verdict(False, None, "engine_error")))
     totals = gap.total(gap.tally([{**ROW, "attempt": right, "resampled": [answer(1), broken]}]))
-    expected = {"n": 1, "correct": 1, "good": 1, "unparsed": 0, "generations": 3, "broken": 1, "completion_tokens": 15}
+    expected = {
+        "n": 1,
+        "correct": 1,
+        "good": 1,
+        "unparsed": 0,
+        "generations": 3,
+        "broken": 1,
+        "failed": 1,
+        "completion_tokens": 15,
+    }
     assert {what: totals[what] for what in expected} == expected
+
+
+def test_a_row_that_fails_however_often_it_is_asked_is_one_failed_row() -> None:
+    broken = {**candidate("d", "engine_error"), "verdict": verdict(False, None, "engine_error")}
+    rows = [{**ROW, "candidates": [broken] * 4}, *[{**ROW, "candidates": [candidate("a", None)]}] * 9]
+    totals = gap.total(gap.tally(rows, "candidates"))
+    assert (totals["failed"], totals["asked"], totals["broken"], totals["generations"]) == (1, 10, 4, 13)
 
 
 def test_every_sample_of_a_row_has_a_seed_of_its_own_that_batches_do_not_change() -> None:
@@ -485,7 +502,7 @@ def test_rows_the_engine_failed_on_are_copied_apart_and_too_many_of_them_fail_th
             step.once("attempts", attempts, 0.1)
         place = tmp_path / "run/quarantine/round-01-attempts"
         assert str(caught.value) == (
-            "attempts: the engine failed on 2 of 10 generations (limit student.engine.max_errors = 0.1); the first: "
+            "attempts: the engine failed on 2 of 10 rows (limit student.engine.max_errors = 0.1); the first: "
             f"out of memory; the rows are in {place}"
         )
         assert caught.value.exit_code == 1 and not (tmp_path / "run/round-01/attempts/manifest.json").exists()

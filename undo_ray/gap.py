@@ -87,7 +87,7 @@ def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
 
     Per text: `generations`, `broken` (the engine failed) and its three token counts. Per candidate, and per question's first
     attempt: `n`, `correct`, `unparsed`, the verdict's reason, `refused REASON`, `hinted HINT`, `accepted HINT`. Per row:
-    `good`, `asked` (it has a text).
+    `good`, `asked` (it has a text), `failed` (the engine failed on one of them).
     """
     counts = Tally()
     for row in rows:
@@ -106,6 +106,7 @@ def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
                 found.update({f"hinted {hint}": 1, f"accepted {hint}": text["refused"] is None})
             if text.get("refused"):
                 found["refused " + text["refused"]] += 1
+        found["failed"] = found["broken"] > 0
         counts.update({(row["split"], row["subject"] or "", what): count for what, count in found.items()})
     return counts
 

@@ -86,7 +86,8 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
         rows = _answered(rows, recipe, "teacher", spec.model, render, parse, judge, seeds, out)
         if number < len(waves):  # executed before the next begins: one pool of engines at a time, and no row asked in vain
             files = out.write(rows, f"waves/{number}")
-            _counted(files, out, spec.engine, "teacher")
+            if number == 1:  # all rows asked about: an engine that fails on too many is not asked again
+                _counted(files, out, spec.engine, "teacher")
             rows = dataset(files)
     close = partial(_closed, k=k, keep=recipe.gap.history, select=recipe.lessons.select)
     files = out.write(rows.union(*parts).map_batches(close, batch_format="pyarrow"))
@@ -427,7 +428,7 @@ def _count(file: Place, column: str) -> gap.Tally:
 
 def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engine, role: str) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
-    failures = totals["broken"]
+    failures, failed = totals["broken"], totals["failed"]
     out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
     tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
     out.note(tokens=tokens, gpus=engine.replicas * engine.resources.gpus)
@@ -436,13 +437,12 @@ def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engin
     place = out.quarantine
     place.remove()
     column = ROLES[role][0]
-    failed = dataset(files).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
-    failed.write_parquet(place.made().path, filesystem=place.fs)
-    if failures > engine.max_errors * totals["generations"]:
+    copies = dataset(files).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
+    copies.write_parquet(place.made().path, filesystem=place.fs)
+    if failed > engine.max_errors * totals["asked"]:
         raise UserError(
-            f"{out.name}: the engine failed on {failures} of {totals['generations']} generations (limit "
-            f"{role}.engine.max_errors = {engine.max_errors}); the first: {_errors(failed.take(1)[0], column)[0]}; "
-            f"the rows are in {place.uri}",
+            f"{out.name}: the engine failed on {failed} of {totals['asked']} rows (limit {role}.engine.max_errors = "
+            f"{engine.max_errors}); the first: {_errors(copies.take(1)[0], column)[0]}; the rows are in {place.uri}",
             exit_code=1,
         )
 

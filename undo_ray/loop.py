@@ -36,7 +36,7 @@ def undo(recipe: Recipe, run: Run) -> list[Json]:
     3. Two validation sets: `show` feeds prompts, `select` stops the loop. The paper uses one of 20 questions for both; its
        standard error of 11 points cannot tell rounds apart (`data.shared = true` reproduces it).
     4. The result is the best round on `select`, not the last.
-    5. The teacher answers the show questions once, in round 0; the gold answer is in no prompt.
+    5. The teacher answers the show questions once, in round 0; the gold answer is in no prompt (`teacher.hints`).
     6. Rounds stop when `select` accuracy has not beaten its best for `stop.patience` rounds.
     """
     asked = run.once("problems", problems.prepare, recipe)
