@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -384,6 +385,8 @@ def test_what_is_removed_is_in_the_record_and_listed_and_a_test_added_later_is_c
         f'[data]\ntrain = "gsm8k"\ntests = ["gsm8k"]\ndir = "{tmp_path}/data"\nshow = 2\nselect = 3\n'
         '[teacher]\nmodel = "t"\n[student]\nmodel = "s"\ntokens = 10\n'
     )
+    with pytest.raises(UserError, match="no question of gsm8k has a worked solution; set it to"):
+        problems.check(config.load(recipe, ["teacher.hints=solution"]))
     late = f"gsm8k/{folder}/late.jsonl"
     run_dir = tmp_path / "run"
 
@@ -444,3 +447,42 @@ def test_golds_that_nobody_can_read_as_mathematics_are_left_out_and_counted(tmp_
     kept, _ = sources.roles()
     assert sorted(row["answer"] for row in kept) == ["7", "\\frac{1}{2}", "x^2 - 1"]
     assert sources.figures["numina/train"] == {"rows": 3, "left out: gold answer is no readable mathematics": 2}
+
+
+# -- copies -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, share",
+    [
+        ("a b c d e f g h i j", 1.0),  # its three runs all stand in the source
+        ("A, b c d e f g h i J.", 1.0),  # case and punctuation do not count
+        ("a b c d e f g h x y", 1 / 3),
+        ("x y a b c d e f g x", 0.0),  # seven words in a row are no run
+        ("a b c d e f g h i x 1 2 3 4 5 6", 2 / 9),
+        ("a b c", 0.0),  # too short for a run, and not the whole source
+        ("q1 q2 q3 q4 q5 q6 q7 q8", 0.0),  # what the question says is no copy
+    ],
+)
+def test_a_copy_is_measured_by_its_runs(text: str, share: float) -> None:
+    source = "a b c d e f g h i j q1 q2 q3 q4 q5 q6 q7 q8"
+    assert clean.copied(text, source, "q1 q2 q3 q4 q5 q6 q7 q8") == pytest.approx(share)
+
+
+def test_a_short_copy_is_compared_whole() -> None:
+    assert clean.copied("So 2 + 2 = 4.", "so 2 + 2 = 4", "What is 2 + 2?") == 1.0
+    assert clean.copied("So 2 + 2 is 4.", "so 2 + 2 = 4", "What is 2 + 2?") == 0.0
+
+
+def test_recorded_answers_are_no_copies_of_solutions_their_models_never_saw(data_dir: Path) -> None:
+    def rows(name: str) -> list[dict[str, Any]]:
+        return list(map(json.loads, filter(None, (data_dir / name).read_text(encoding="utf-8").split("\n"))))
+
+    known = {row["id"]: row for row in rows("gsm8k/test.jsonl")}
+    answers = [row for row in rows("graded/gsm8k_rho_cot.jsonl") if row["correct"]]
+    copied = 0
+    for answer in answers:
+        problem = known[answer["question_id"]]
+        solution = re.sub(r"<<.*?>>", "", problem["solution"])
+        copied += clean.copied(answer["response"], solution, problem["question"]) >= clean.COPY
+    assert len(answers) > 300 and copied <= 0.005 * len(answers)

@@ -80,6 +80,8 @@ IDENTITY = {
     "teacher.model": '"big/other"',
     "teacher.template": '"paper"',
     "teacher.samples": "2",
+    "teacher.unstable_below": "0.5",
+    "teacher.hints": '"cascade"',
     "teacher.sampling.temperature": "0.1",
     "teacher.sampling.top_p": "0.5",
     "teacher.sampling.max_tokens": "100",
@@ -233,6 +235,41 @@ def test_vllm_arguments_for_the_transformers_engine_name_the_section(good: Path,
 def test_a_latest_lesson_needs_a_round_0_that_has_lessons(good: Path) -> None:
     message = refused(good, "round0=student:/models/s", "lessons.mode=latest")
     assert "lessons.mode" in message and "round0" in message
+
+
+UNSTABLE = ("teacher.regenerate=unstable", "lessons.mode=latest", "student.samples=4", "student.sampling.temperature=1.0")
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["teacher.regenerate=failed"], 'lessons.mode = "replace" would train on those alone; set lessons.mode = "latest"'),
+        ([*UNSTABLE, "lessons.mode=replace"], 'lessons.mode = "replace" would train on those alone'),
+        (["teacher.regenerate=failed", "lessons.mode=latest", "round0=lessons:a.jsonl"], 'needs lessons.mode = "accumulate"'),
+        (
+            [*UNSTABLE, "student.samples=1"],
+            "student.samples above 1 and student.sampling.temperature above 0; they are 1 and 1",
+        ),
+        ([*UNSTABLE, "student.sampling.temperature=0.0"], "they are 4 and 0"),
+        (
+            ["lessons.select=shortest"],
+            'lessons.select = "shortest" has one rationale to choose from; set teacher.samples above 1',
+        ),
+        (["student.samples=4"], 'student.samples = 4 is for teacher.regenerate = "unstable" alone'),
+        ([*UNSTABLE, "teacher.regenerate=failed"], "student.samples = 4 is for"),
+    ],
+)
+def test_a_way_to_save_tokens_without_what_it_needs_is_refused_with_the_remedy(
+    good: Path, overrides: list[str], expected: str
+) -> None:
+    assert expected in refused(good, *overrides)
+
+
+@pytest.mark.parametrize("mode", ["latest", "accumulate"])
+@pytest.mark.parametrize("overrides", [["teacher.regenerate=failed"], UNSTABLE])
+def test_each_way_to_ask_again_changes_the_identity(good: Path, overrides: list[str], mode: str) -> None:
+    recipe = config.load(good, [*overrides, f"lessons.mode={mode}"])
+    assert config.identity(recipe)["teacher.regenerate"] == recipe.teacher.regenerate != "all"
 
 
 @pytest.mark.parametrize("key", ["student.learning_rate", "student.epochs", "student.weight_decay"])

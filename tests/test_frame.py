@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from undo_ray.frame import frame_phrase
+from undo_ray.frame import frame_phrase, hint_phrase
 
 LEAKS = [
     "The student's answer was incorrect because the two prices were added instead of multiplied.",
@@ -171,24 +171,92 @@ def test_the_question_tells_whose_student_it_is() -> None:
     assert frame_phrase(text, "Teachers look for 40 pens. How many are missing?") is None
 
 
-def test_recorded_correct_answers_are_lessons(data_dir: Path) -> None:
+def recorded(data_dir: Path) -> list[tuple[str, str]]:
+    """(response, question) of the recorded correct responses."""
+
     def rows(pattern: str) -> Iterator[dict[str, Any]]:
         for path in sorted(data_dir.glob(pattern)):
             yield from map(json.loads, filter(None, path.read_text(encoding="utf-8").split("\n")))
 
     questions = {row["id"]: " ".join([row["question"], *(row["choices"] or [])]) for row in rows("[!g]*/*.jsonl")}
     questions |= {row["id"]: row["question"] for row in rows("gsm8k/*.jsonl")}
-    recorded = [row for row in rows("graded/*.jsonl") if row["correct"] and row.get("question_id") in questions]
-    refused = [frame_phrase(row["response"], questions[row["question_id"]]) for row in recorded]
-    found = [phrase for phrase in refused if phrase]
-    assert len(recorded) > 3000
-    assert len(found) <= 0.002 * len(recorded), found
+    found = [row for row in rows("graded/*.jsonl") if row["correct"] and row.get("question_id") in questions]
+    return [(row["response"], questions[row["question_id"]]) for row in found]
+
+
+@pytest.mark.parametrize("phrase", [frame_phrase, hint_phrase])
+def test_recorded_correct_answers_are_lessons(data_dir: Path, phrase: Callable[[str, str], str | None]) -> None:
+    answers = recorded(data_dir)
+    found = [wording for answer in answers if (wording := phrase(*answer))]
+    assert len(answers) > 3000
+    assert len(found) <= 0.002 * len(answers), found
+
+
+HINTED = [
+    "The given answer is 42, so we need 6 * 7.",
+    "As provided, the total is 18.",
+    "The hint says to add first.",
+    "As hinted, we factor first.",
+    "The provided solution multiplies first.",
+    "According to the reference solution, x = 3.",
+    "Since the answer is 18, we look for two numbers.",
+    "Knowing that the answer is 12, we check.",
+    "We were told that the answer is 7.",
+    "The correct answer was given as 18.",
+    "We are given the final answer of 18.",
+    "This agrees with the provided answer of 18.",
+    "The answer, as given, is 18.",
+    "The answer key says 18.",
+    "Working back from the known answer, 18 / 3 = 6.",
+    "This is consistent with the answer provided.",
+    "Because the correct answer is 18, the sum must be 18.",
+    "The expected answer is 18.",
+    "Per the solution, we first subtract.",
+    "The solution that was given shows 2x = 6.",
+    "The right answer we were given is 18.",
+    "To reach the stated answer of 18, add 3.",
+    "This matches the right answer.",
+    "Our result matches the reference.",
+    "### right answer, for you alone:\n18",
+]
+UNHINTED = [
+    "The given triangle has sides 3, 4 and 5.",
+    "Substituting the given values, we get 12.",
+    "As given in the problem, x = 3.",
+    "As provided in the question, the rate is 5 per hour.",
+    "The answer is 18, so the correct answer is (B).",
+    "The general solution is given by y = ce^x.",
+    "We are given that 3 apples cost 6 dollars.",
+    "Given that x is positive, the solution is x = 3.",
+    "It is known that the angles add up to 180 degrees.",
+    "Based on the information provided, the total is 18.",
+    "The expected value is 3.5.",
+    "The solution contains 5 moles of salt.",
+    "Adding the two equations gives the desired answer.",
+    "Of the options provided, this matches the answer choice (C).",
+]
+
+
+@pytest.mark.parametrize("text", HINTED)
+def test_a_mention_of_the_hint_is_found(text: str) -> None:
+    assert hint_phrase("There are 3 boxes of 6 eggs.\n" + text, "How many eggs are in 3 boxes of 6?") is not None
+
+
+@pytest.mark.parametrize("text", UNHINTED)
+def test_a_sentence_that_only_sounds_like_one_is_not(text: str) -> None:
+    assert hint_phrase(text, "How many?") is None
+
+
+def test_what_the_question_hints_at_itself_may_be_named() -> None:
+    assert hint_phrase("Following the hint, we factor.", "Solve x^2 = 4. Hint: factor.") is None
+    assert hint_phrase("Following the hint, we factor.", "Solve x^2 = 4.") == "hint"
 
 
 @pytest.mark.parametrize(
-    "unit", ["your ", "the student's ", "a", " ", "#", "> ", "answer of the ", "word " * 3 + "\n", "\ud800\x00"]
+    "unit", ["your ", "the student's ", "a", " ", "#", "> ", "answer of the ", "word " * 3 + "\n", "\ud800\x00", "the given "]
 )
 def test_linear_time(unit: str) -> None:
     start = time.perf_counter()
-    frame_phrase(unit * (1_000_000 // len(unit)), "How many?")
+    for phrase in (frame_phrase, hint_phrase):
+        phrase(unit * (1_000_000 // len(unit)), "How many?")
     assert time.perf_counter() - start < 20

@@ -37,6 +37,7 @@ def row(
         "subject": subject,
         "history": [],
         "attempt": {"text": f"attempt of {id}", "verdict": verdict(correct, found, reason), **TOKENS},
+        "resampled": [],
         **more,
     }
 
@@ -199,6 +200,35 @@ def test_row_seeds_fit_31_bits_and_differ_by_every_part() -> None:
     assert [gap.row_seed(*key) for key in reversed(keys)] == seeds[::-1]
 
 
+# -- which questions are explained again --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "right, failed, unstable",  # which attempts were right; unstable below 0.75
+    [
+        ([True], False, False),
+        ([False], True, True),
+        ([True, True, True, False], False, False),  # three quarters are not below three quarters
+        ([False, True, True, True], True, False),
+        ([True, True, False, False], False, True),
+        ([False, False, False, False], True, True),
+    ],
+)
+def test_which_questions_are_explained_again(right: list[bool], failed: bool, unstable: bool) -> None:
+    first, *more = [{"verdict": verdict(good)} for good in right]
+    attempted = {"attempt": first, "resampled": more}
+    found = [gap.asks_again(attempted, regenerate, 0.75) for regenerate in ("all", "failed", "unstable")]
+    assert found == [True, failed, unstable]
+
+
+def test_a_pass_rate_of_exactly_the_threshold_is_not_below_it() -> None:
+    for n in range(1, 30):
+        for right in range(n + 1):
+            attempts = [{"verdict": verdict(i < right)} for i in range(n)]
+            row = {"attempt": attempts[0], "resampled": attempts[1:]}
+            assert not gap.asks_again(row, "unstable", right / n)
+
+
 # -- what is no lesson --------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +236,7 @@ def candidate(
     rationale: str | None, finish: str | None = "stop", correct: bool = True, reason: str | None = None
 ) -> dict[str, Any]:
     answer = None if reason else "4"
-    return {"rationale": rationale, "finish_reason": finish, "verdict": verdict(correct, answer, reason)}
+    return {"rationale": rationale, "finish_reason": finish, "verdict": verdict(correct, answer, reason), "hint": None}
 
 
 FRAMED = "The student's answer is wrong: 2 + 2 = 4."
@@ -229,6 +259,13 @@ FRAMED = "The student's answer is wrong: 2 + 2 = 4."
 def test_the_first_reason_that_holds_is_given(given: dict[str, Any], strict: str | None, trial: str | None) -> None:
     assert gap.refusal(given, "What is 2 + 2?") == strict
     assert gap.refusal(given, "What is 2 + 2?", keep_wrong=True) == trial
+
+
+def test_a_mention_of_the_hint_is_refused_where_there_was_one() -> None:
+    given = candidate("The given answer is 4, and 2 + 2 = 4.")
+    assert gap.refusal(given, "What is 2 + 2?") is None
+    assert [gap.refusal({**given, "hint": hint}, "What is 2 + 2?") for hint in ("answer", "solution")] == ["hint", "hint"]
+    assert gap.refusal({**candidate("2 + 2 = 4"), "hint": "answer"}, "What is 2 + 2?") is None
 
 
 def test_a_student_in_the_question_may_be_in_the_lesson() -> None:

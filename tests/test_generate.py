@@ -17,6 +17,7 @@ from undo_ray.progress import Progress
 from undo_ray.store import Stage, open_run
 from undo_ray.types import ROWS, UserError
 
+ROOT = Path(__file__).parent.parent
 QUESTION = {
     "id": "gsm8k/train/1",
     "task": "gsm8k",
@@ -26,9 +27,10 @@ QUESTION = {
     "choices": None,
     "subject": None,
     "level": None,
+    "solution": None,
     "answer_type": None,
 }
-ROW: dict[str, Any] = {**QUESTION, "history": [], "candidates": [], "attempt": None, "lesson": None}
+ROW: dict[str, Any] = {**QUESTION, "history": [], "candidates": [], "attempt": None, "resampled": [], "lesson": None}
 
 
 def generation(text: str | None, finish: str | None = "stop", error: str | None = None) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def candidate(name: str, refused: str | None, round: int = 1) -> dict[str, Any]:
     return {
         **generation(name),
         "round": round,
+        "hint": None,
         "diagnosis": f"diagnosis {name}",
         "rationale": f"rationale {name}",
         "verdict": verdict(refused is None, "6"),
@@ -124,7 +127,7 @@ def past(round: int) -> dict[str, Any]:
 
 def test_the_first_accepted_candidate_becomes_lesson_and_history() -> None:
     row = generate.explained(ROW, [candidate("a", "wrong"), candidate("b", None), candidate("c", None)], 1, keep=2)
-    assert row["lesson"] == {"round": 1, "rationale": "rationale b"}
+    assert row["lesson"] == {"round": 1, "hint": None, "rationale": "rationale b"}
     assert row["history"] == [
         {
             "round": 1,
@@ -136,6 +139,31 @@ def test_the_first_accepted_candidate_becomes_lesson_and_history() -> None:
         }
     ]
     assert [found["rationale"] for found in row["candidates"]] == ["rationale a", "rationale b", "rationale c"]
+
+
+def test_the_shortest_accepted_candidate_becomes_the_lesson_where_the_recipe_says_so() -> None:
+    texts = {"long": "a long one", "short": "short", "same": "SHORT", "wrong": "no"}
+    found = [{**candidate(name, "wrong" if name == "wrong" else None), "rationale": text} for name, text in texts.items()]
+    row = generate.explained(ROW, found, 1, keep=2, select="shortest")
+    assert row["lesson"]["rationale"] == row["history"][-1]["rationale"] == "short"
+    assert generate.explained(ROW, found, 1, keep=2)["lesson"]["rationale"] == "a long one"
+    assert generate.explained(ROW, found[3:], 1, keep=2, select="shortest")["lesson"] is None
+
+
+def test_samples_are_asked_for_one_after_another_unless_they_have_to_be_compared() -> None:
+    def waves(*more: str) -> list[tuple[list[object], str | None]]:
+        sets = ["teacher.samples=3", "teacher.sampling.temperature=0.7", *more]
+        return [(list(asked), hint) for asked, hint in generate._waves(config.load(ROOT / "jobs/recipes/gsm8k.toml", sets))]
+
+    assert waves() == [([0], None), ([1], None), ([2], None)]
+    assert waves("lessons.select=shortest") == [([0, 1, 2], None)]
+    assert waves("teacher.samples=1") == [([0], None)]
+    assert waves("teacher.samples=1", "teacher.hints=answer") == [([0], None), (["answer"], "answer")]
+    assert waves("lessons.select=shortest", "teacher.hints=cascade") == [
+        ([0, 1, 2], None),
+        (["answer"], "answer"),
+        (["solution"], "solution"),
+    ]
 
 
 def test_without_an_accepted_candidate_the_first_is_remembered_and_the_old_lesson_stays() -> None:
@@ -155,13 +183,59 @@ def test_a_lesson_may_quote_its_own_question_and_no_held_one(cluster: None) -> N
 
     foreign = "nine ships leave the old harbour every day at noon"
     held_ref = ray.put(clean.hashes([foreign, ROW["question"]]))
-    recipe = config.load(Path(__file__).parent.parent / "jobs/recipes/gsm8k.toml")
+    recipe = config.load(ROOT / "jobs/recipes/gsm8k.toml")
     texts = [f"As {foreign}, it is 6.", f"{ROW['question']} It is 6.", "nine ships leave the old harbour. 6"]
     generations = [generation(text) for text in texts]
     judged = [(None, text, verdict(True, "6")) for text in texts]
     row = generate._judge_rationales(ROW, generations, judged, 0, recipe, held_ref)
     assert [found["refused"] for found in row["candidates"]] == ["leak", None, None]
-    assert row["lesson"]["rationale"] == texts[1]
+    assert generate.explained(row, row["candidates"], 0, keep=2)["lesson"]["rationale"] == texts[1]
+
+
+def test_a_copy_of_the_solution_is_refused_where_it_was_shown(cluster: None) -> None:
+    solution = "Each pen costs 2 dollars and there are 3 pens, so we multiply 2 by 3 and get 6 dollars in all."
+    other = "To buy three pens at two dollars each we add two dollars three times over, which makes 6."
+    recipe = config.load(ROOT / "jobs/recipes/gsm8k.toml")
+    row = {**ROW, "solution": solution}
+    texts = [solution, f"{solution[:-1]}, that is 6.", other, "By the reference solution it is 6."]
+    judged = [(None, text, verdict(True, "6")) for text in texts]
+    refused = {}
+    for hint in ("solution", "answer", None):
+        found = generate._judge_rationales(row, [generation(text) for text in texts], judged, 0, recipe, hint=hint)
+        assert {candidate["hint"] for candidate in found["candidates"]} == {hint}
+        refused[hint] = [candidate["refused"] for candidate in found["candidates"]]
+    assert refused == {
+        "solution": ["copy", "copy", None, "hint"],
+        "answer": [None, None, None, "hint"],
+        None: [None, None, None, None],
+    }
+
+
+def test_candidates_of_this_round_are_added_to_and_those_of_an_earlier_one_go() -> None:
+    recipe = config.load(ROOT / "jobs/recipes/gsm8k.toml")
+    row = {**ROW, "candidates": [candidate("old", None, 0), candidate("first", "wrong", 1)]}
+    found = generate._judge_rationales(row, [generation("#### 6")], [(None, "#### 6", verdict(True, "6"))], 1, recipe)
+    assert [given["text"] for given in found["candidates"]] == ["first", "#### 6"]
+
+
+def test_a_hinted_rationale_makes_a_marked_lesson_and_is_counted() -> None:
+    hinted = [{**candidate("a", "wrong"), "hint": "answer"}, {**candidate("b", None), "hint": "solution"}]
+    row = generate.explained(ROW, [candidate("plain", "wrong"), *hinted], 1, keep=2)
+    assert row["lesson"] == {"round": 1, "hint": "solution", "rationale": "rationale b"}
+    [lesson] = lessons([row], 1, "replace")
+    assert lesson["hint"] == "solution"
+    totals = gap.total(gap.tally([row], "candidates"))
+    assert [totals[f"{what} {hint}"] for hint in ("answer", "solution") for what in ("hinted", "accepted")] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "split, hint, open", [("train", "answer", True), ("train", "solution", False), ("show", "answer", False)]
+)
+def test_hints_are_for_training_questions_that_have_them(split: str, hint: str, open: bool) -> None:
+    row = {**ROW, "split": split, "candidates": [candidate("a", "wrong")]}
+    assert generate._unsettled(row, hint) is open
+    assert generate._unsettled(row, None) is True
+    assert generate._unsettled({**row, "candidates": [candidate("b", None)]}, None) is False
 
 
 def test_a_row_that_was_not_asked_loses_its_old_candidates_alone() -> None:
@@ -183,14 +257,14 @@ def answer(round: int, text: str | None = "#### 5") -> dict[str, Any]:
 
 def test_an_attempt_is_entered_beside_the_rationale_of_its_round() -> None:
     waiting = {**past(1), "attempt": None, "attempt_verdict": None}
-    row = generate.attempted({**ROW, "history": [past(0), waiting]}, answer(1))
+    row = generate.attempted({**ROW, "history": [past(0), waiting]}, [answer(1)])
     assert row["history"] == [past(0), {**waiting, "attempt": "#### 5", "attempt_verdict": verdict(False, "5")}]
     assert row["attempt"] == answer(1)
 
 
 @pytest.mark.parametrize("history", [None, [], [past(0)]])
 def test_an_attempt_of_a_round_without_rationale_gets_an_entry_of_its_own(history: Any) -> None:
-    row = generate.attempted({**ROW, "history": history}, answer(1))
+    row = generate.attempted({**ROW, "history": history}, [answer(1)])
     assert [entry["round"] for entry in row["history"]] == [*(entry["round"] for entry in history or ()), 1]
     assert row["history"][-1] == {
         "round": 1,
@@ -202,23 +276,44 @@ def test_an_attempt_of_a_round_without_rationale_gets_an_entry_of_its_own(histor
     }
 
 
+def test_of_several_attempts_the_first_counts_and_the_first_wrong_one_is_what_the_teacher_sees() -> None:
+    right, wrong = (
+        {**answer(1, text), "verdict": verdict(good, text[-1])} for good, text in ((True, "#### 6"), (False, "#### 5"))
+    )
+    row = generate.attempted({**ROW, "history": [past(1)]}, [right, wrong, right])
+    assert (row["attempt"], row["resampled"]) == (right, [wrong, right])
+    assert (row["history"][-1]["attempt"], row["history"][-1]["attempt_verdict"]["correct"]) == ("#### 5", False)
+    assert generate.attempted(row, [right, right])["history"][-1]["attempt"] == "#### 6"
+
+
+def test_a_question_left_alone_for_rounds_keeps_its_explained_rounds_and_the_newest_attempt() -> None:
+    row = {**ROW, "history": [past(0), past(1)], "lesson": {"round": 1, "rationale": "kept"}}
+    for k in (2, 3, 4):
+        row = generate.attempted(generate.explained(row, [], k, keep=2), [answer(k)])
+    assert [entry["round"] for entry in row["history"]] == [0, 1, 4] and row["lesson"] == {"round": 1, "rationale": "kept"}
+    case = prompts.own_case(row)
+    assert [round for round, _ in case.before] == [0, 1] and case.student == "#### 5"
+    row = generate.explained(row, [candidate("a", None, 5)], 5, keep=2)
+    assert [entry["round"] for entry in row["history"]] == [1, 5]
+
+
 @pytest.mark.parametrize("split", ["show", "select", "gsm8k"])
 def test_only_training_questions_have_their_attempts_in_a_history(split: str) -> None:
     before = {**ROW, "split": split, "history": [past(0)]}
-    assert generate.attempted(before, answer(1)) == {**before, "attempt": answer(1)}
+    assert generate.attempted(before, [answer(1)]) == {**before, "attempt": answer(1)}
 
 
 def test_no_row_is_changed_in_place() -> None:
     row = {**ROW, "history": [past(0), {**past(1), "attempt": None, "attempt_verdict": None}]}
     before = copy.deepcopy(row)
-    generate.attempted(row, answer(1))
+    generate.attempted(row, [answer(1)])
     generate.explained(row, [candidate("a", None, 2)], 2, keep=1)
     assert row == before
 
 
 def test_what_the_stages_make_of_a_row_fits_the_schema_of_rows() -> None:
     row = generate.explained(ROW, [candidate("a", None, 0), candidate("b", "wrong", 0)], 0, keep=2)
-    row = generate.attempted(row, answer(0))
+    row = generate.attempted(row, [answer(0)])
     row = generate.explained(row, [candidate("c", "truncated", 1)], 1, keep=2)
     assert pa.Table.from_pylist([row], schema=ROWS).to_pylist() == [row]
 
@@ -289,6 +384,7 @@ def test_a_lesson_is_the_plain_question_and_the_rationale() -> None:
     assert lesson == {
         "id": "gsm8k/train/1",
         "round": 1,
+        "hint": None,
         "messages": [
             {
                 "role": "user",
@@ -325,8 +421,12 @@ def test_rationales_are_counted_with_their_refusals() -> None:
     counts = gap.tally(rows, "candidates")
     assert gap.total(counts) == Counter(
         {
+            "generations": 4,
             "n": 4,
+            "asked": 2,
             "good": 1,
+            "broken": 1,
+            "failed": 1,
             "correct": 1,
             "prompt_tokens": 28,
             "cached_tokens": 12,
@@ -349,12 +449,35 @@ def test_attempts_are_counted_where_a_row_has_one() -> None:
     assert {what: totals[what] for what in expected} == expected and totals["completion_tokens"] == 15
 
 
+def test_a_score_rests_on_first_attempts_and_tokens_on_all() -> None:
+    right, broken = ({**answer(1), "verdict": found} for found in (verdict(True, "6"), verdict(False, None, "engine_error")))
+    totals = gap.total(gap.tally([{**ROW, "attempt": right, "resampled": [answer(1), broken]}]))
+    expected = {
+        "n": 1,
+        "correct": 1,
+        "good": 1,
+        "unparsed": 0,
+        "generations": 3,
+        "broken": 1,
+        "failed": 1,
+        "completion_tokens": 15,
+    }
+    assert {what: totals[what] for what in expected} == expected
+
+
+def test_a_row_that_fails_however_often_it_is_asked_is_one_failed_row() -> None:
+    broken = {**candidate("d", "engine_error"), "verdict": verdict(False, None, "engine_error")}
+    rows = [{**ROW, "candidates": [broken] * 4}, *[{**ROW, "candidates": [candidate("a", None)]}] * 9]
+    totals = gap.total(gap.tally(rows, "candidates"))
+    assert (totals["failed"], totals["asked"], totals["broken"], totals["generations"]) == (1, 10, 4, 13)
+
+
 def test_every_sample_of_a_row_has_a_seed_of_its_own_that_batches_do_not_change() -> None:
-    seeds = generate._seeds(0, "rationale", 1, 3, ROW)
+    seeds = generate._seeds(0, "rationale", 1, range(3), ROW)
     assert len(set(seeds)) == 3
-    assert generate._seeds(0, "rationale", 1, 2, {**ROW, "split": "show"}) == seeds[:2]
-    assert not set(generate._seeds(0, "rationale", 2, 3, ROW)) & set(seeds)
-    assert not set(generate._seeds(0, "attempt", 1, 3, ROW)) & set(seeds)
+    assert generate._seeds(0, "rationale", 1, range(2), {**ROW, "split": "show"}) == seeds[:2]
+    assert not set(generate._seeds(0, "rationale", 2, range(3), ROW)) & set(seeds)
+    assert not set(generate._seeds(0, "attempt", 1, range(3), ROW)) & set(seeds)
 
 
 # -- quarantine ---------------------------------------------------------------------------------------------------------
@@ -367,8 +490,8 @@ def test_rows_the_engine_failed_on_are_copied_apart_and_too_many_of_them_fail_th
     rows = [{**ROW, "id": f"q{i}", "attempt": broken if i in (3, 7) else answer(0)} for i in range(10)]
 
     def attempts(limit: float, out: Stage) -> None:
-        out.write(ray.data.from_arrow(pa.Table.from_pylist(rows, schema=ROWS)))
-        generate._figures(gap.total(gap.tally(rows)), out, Engine(max_errors=limit), "student")
+        files = out.write(ray.data.from_arrow(pa.Table.from_pylist(rows, schema=ROWS)))
+        generate._figures(gap.total(gap.tally(rows)), files, out, Engine(max_errors=limit), "student")
 
     recipe = Recipe.model_validate(
         {"data": {"train": "gsm8k"}, "teacher": {"model": "t"}, "student": {"model": "s", "tokens": 1000}}
@@ -379,7 +502,7 @@ def test_rows_the_engine_failed_on_are_copied_apart_and_too_many_of_them_fail_th
             step.once("attempts", attempts, 0.1)
         place = tmp_path / "run/quarantine/round-01-attempts"
         assert str(caught.value) == (
-            "attempts: the engine failed on 2 of 10 generations (limit student.engine.max_errors = 0.1); the first: "
+            "attempts: the engine failed on 2 of 10 rows (limit student.engine.max_errors = 0.1); the first: "
             f"out of memory; the rows are in {place}"
         )
         assert caught.value.exit_code == 1 and not (tmp_path / "run/round-01/attempts/manifest.json").exists()

@@ -1,5 +1,6 @@
 """Prompts, word for word: what the student and the teacher are asked, and how the teacher's text is taken apart."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -200,9 +201,37 @@ def test_everything_before_the_question_is_the_same_bytes_for_all_questions(temp
         assert case.question.encode() in heads[0]
 
 
+HINT = """\
+### reference solution, for you alone:
+7 - 3 = 4
+#### 4
+Arrive there by reasoning step by step, in words of your own, as if you had not seen it. What you write is read by someone who \
+has not, so it must not mention that anything was given, and must not copy it."""
+
+
+def test_a_hint_word_for_word() -> None:
+    assert TEMPLATES["prefix"].hint("solution", "7 - 3 = 4\n#### 4") == HINT
+    assert TEMPLATES["paper"].hint("answer", "4") == HINT.replace("reference solution", "right answer").replace(
+        "7 - 3 = 4\n#### 4", "4"
+    )
+    assert TEMPLATES["compact"].hint("answer", "4") == "before 4 score [0] student none"
+
+
+def test_a_hint_follows_the_question_and_leaves_what_all_questions_share_alone() -> None:
+    assert prompts.solve("What is 7 - 3?", INSTRUCTION, HINT) == [
+        {"role": "user", "content": f"What is 7 - 3?\n\n{HINT}\n\n{INSTRUCTION}"}
+    ]
+    hinted = replace(OWN, hint=HINT)
+    assert rendered("prefix", SHOWN, hinted) == f"{PREFIX}\n{HINT}"
+    own = "### student answer:\n7 + 3 = 10\n#### 10\n### score:\n0"
+    assert rendered("paper", SHOWN, hinted) == PAPER.replace(own, f"{own}\n{HINT}")
+    short = replace(OWN, hint=TEMPLATES["compact"].hint("answer", "4"))
+    assert rendered("compact", (), short, "") == "question What is 7 - 3? before 4 score [0] student none"
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_gold_answer_is_in_no_prompt(template: str) -> None:
-    row = {**ROW, "answer": "987654321", "subject": "algebra-skill", "level": "level-9"}
+    row = {**ROW, "answer": "987654321", "solution": "987654321 it is", "subject": "algebra-skill", "level": "level-9"}
     own = prompts.own_case(row)
     text = rendered(template, (own,), own) + prompts.solve(prompts.question_text(row), INSTRUCTION)[0]["content"]
     assert "Which?" in text

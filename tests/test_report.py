@@ -56,6 +56,7 @@ def record(k: int, accuracy: float, test: float) -> dict[str, Any]:
         "validation": score(accuracy, accuracy - 0.1, accuracy + 0.1),
         "tests": {"mini": score(test, test - 0.05, test + 0.05, 400, 0.02), "svamp": score(0.0)},
         "lessons": 900 + k,
+        "hinted_lessons": 20 * k,
         "rationales": 1000,
         "teacher_tokens": {"prompt": 1_250_000, "cached": 1_000_000, "completion": 45_000},
         "seconds": {"rationales": 20.4, "student": 40.6} | ({"attempts": 5.0} if k else {}),
@@ -73,6 +74,7 @@ REPORT: dict[str, Any] = {
     "stopped": "rounds",
     "shared_validation": False,
     "keep_wrong": False,
+    "hints": "off",
     "gain": {"n": 400, "gain": 0.275, "low": 0.221, "high": 0.329, "won": 130, "lost": 20},
 }
 
@@ -109,6 +111,12 @@ def test_the_notes_say_which_round_is_best_and_what_it_gained() -> None:
         "* best round on validation (95 % intervals; feedback: real; seed 3)",
         "gain of round 1 over round 0 on mini: +27.5 points [+22.1, +32.9] (the same 400 questions: 130 won, 20 lost)",
     ]
+
+
+def test_a_run_with_hints_says_how_many_lessons_they_brought() -> None:
+    text = report.table({**REPORT, "hints": "cascade"}, "t")
+    assert "hints: cascade; the teacher wrote 60 of 2703 lessons after it was shown the gold" in text
+    assert "hints" not in report.table(REPORT, "t")
 
 
 def test_what_weakens_a_result_is_said_below_its_table() -> None:

@@ -99,6 +99,23 @@ def test_the_hub_layout_gives_the_same_rows(
     assert all(row == same[row["id"]] for row in rows)
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "svamp", "math", "strategyqa"])
+def test_worked_solutions_are_the_same_from_both_layouts_and_kept_only_when_asked_for(
+    data: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).symlink_to(data / name / "raw")
+    from_hub, normalised = (load(get(name), "train", str(folder), solutions=True)[0] for folder in (tmp_path, data))
+    solutions = [row["solution"] for row in normalised]
+    assert [row["solution"] for row in from_hub] == solutions and all(solutions)
+    assert not any("<<" in solution and ">>" in solution for solution in solutions)
+    assert all(row["solution"] is None for row in load(get(name), "train", str(data))[0])
+
+
+def test_gsm8ks_notes_for_a_calculator_are_no_part_of_a_solution(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", HUB)
+    assert load(get("gsm8k"), "train", str(tmp_path), solutions=True)[0][0]["solution"] == "3*2 = 6"
+
+
 def test_files_of_ones_own_are_sources_too(data: Path, tmp_path: Path) -> None:
     file = data / "svamp" / "mawps_asdiv_a_train.jsonl"
     task, split = parse_source(f"svamp/{file}", "train")

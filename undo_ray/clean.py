@@ -6,6 +6,8 @@ and of s1 (arXiv 2501.19393), which also ignores punctuation at the edges of wor
 duplicates when the Jaccard similarity of their sets of 8-word runs is at least 0.8; one of fewer than 8 words has no such
 run and is only ever compared whole. Runs are hashed to 64 bits, the same in every process.
 
+A lesson written after a hint is a near copy of the reference solution when at least half of its runs stand there.
+
 Questions of a templated task (`tasks.Task.templated`) share runs by construction: only equal ones count there.
 """
 
@@ -34,6 +36,8 @@ NEAR: Final = 0.8
 """Jaccard similarity from which two questions are near duplicates."""
 CHUNK: Final = 5_000
 """Questions hashed at a time: bounds the memory that any number of them needs."""
+COPY: Final = 0.5
+"""Share of its runs (see `copied`) from which a lesson is a near copy of the reference solution."""
 SLOTS: Final = 1 << 26
 """Bytes of the table that tells runs which occur once from those that may occur again."""
 
@@ -106,6 +110,20 @@ def leaks(text: str, own: str, held: Hashes) -> str | None:
     value, _ = runs([text])
     found = np.flatnonzero(_place(value, held)[1] & ~np.isin(value, runs([own])[0]))
     return " ".join(words(text)[found[0] : found[0] + NGRAM]) if len(found) else None
+
+
+def copied(text: str, source: str, own: str) -> float:
+    """Share of the runs of 8 words of `text` that `source` holds too; those of `own`, the text of its problem, do not count.
+
+    A text without such runs is compared whole: 1 when its words are those of `source`, else 0.
+    """
+    import numpy as np
+
+    value, _ = runs([text])
+    value = value[~np.isin(value, runs([own])[0])]
+    if not len(value):
+        return float(normal(text) == normal(source))
+    return float(np.isin(value, runs([source])[0]).mean())
 
 
 class Tests:

@@ -132,7 +132,13 @@ class Teacher(_Section):
     template: Literal["prefix", "paper", "compact"] = "prefix"
     """layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"""
     samples: PositiveInt = 1
-    """rationales per question and round"""
+    """most rationales per question and round; the next is asked for where none was accepted, all at once for "shortest" """
+    regenerate: Literal["all", "failed", "unstable"] = "all"
+    """training questions explained again in round k > 0: all (paper); those student k-1 failed; those it is unsure of"""
+    unstable_below: float = Field(0.75, gt=0, le=1)
+    """pass rate over student.samples attempts below which a question counts as unstable"""
+    hints: Literal["off", "answer", "solution", "cascade"] = "off"
+    """what of the gold is shown where no sample was accepted: nothing, answer, solution, or one after the other; marked"""
     sampling: Sampling = Sampling()
     """of rationales"""
     engine: Engine = Engine()
@@ -207,6 +213,8 @@ class Student(_Section):
     """lost workers from which a round's training goes on at the last checkpoint"""
     resources: Placed[Placement] = Placement()
     """per training worker"""
+    samples: PositiveInt = 1
+    """attempts per training question and round; more than one gives the pass rate that regenerate = "unstable" goes by"""
     sampling: Sampling = Sampling()
     """of attempts, validation and tests"""
     engine: Engine = Engine()
@@ -228,6 +236,8 @@ class Lessons(_Section):
 
     mode: Literal["replace", "latest", "accumulate"] = "replace"
     """this round's (paper); each question's newest; or all so far without duplicates"""
+    select: Literal["first", "shortest"] = "first"
+    """which accepted rationale of a question is its lesson: the first, or the shortest of teacher.samples"""
     keep_wrong: bool = False
     """also train on rationales with a wrong or missing answer: for trials, and marked in the report"""
 
@@ -288,9 +298,36 @@ class Recipe(_Section):
                 )
         if self.teacher.samples > 1 and self.teacher.sampling.temperature == 0:
             raise ValueError("teacher.samples > 1 at teacher.sampling.temperature = 0 gives the same text each time; raise it")
+        if self.lessons.select == "shortest" and self.teacher.samples == 1:
+            raise ValueError('lessons.select = "shortest" has one rationale to choose from; set teacher.samples above 1')
+        self._regenerating()
         if self.round0.startswith("student:") and self.lessons.mode == "latest":
             raise ValueError('lessons.mode = "latest" needs round-0 rationales; round0 = "student:…" has none')
         return self
+
+    def _regenerating(self) -> None:
+        wanted, mode = self.teacher.regenerate, self.lessons.mode
+        samples, temperature = self.student.samples, self.student.sampling.temperature
+        if wanted != "all" and mode == "replace":
+            raise ValueError(
+                f'teacher.regenerate = "{wanted}" asks for some questions alone, and lessons.mode = "replace" would train on '
+                'those alone; set lessons.mode = "latest", where the others keep their lesson'
+            )
+        if wanted != "all" and mode == "latest" and self.round0.startswith("lessons:"):
+            raise ValueError(
+                f'teacher.regenerate = "{wanted}" with round0 = "lessons:…" needs lessons.mode = "accumulate": given lessons '
+                "belong to no question that could keep them"
+            )
+        if wanted == "unstable" and (samples == 1 or temperature == 0):
+            raise ValueError(
+                'teacher.regenerate = "unstable" needs a pass rate: set student.samples above 1 and '
+                f"student.sampling.temperature above 0; they are {samples} and {temperature:g}"
+            )
+        if wanted != "unstable" and samples > 1:
+            raise ValueError(
+                f'student.samples = {samples} is for teacher.regenerate = "unstable" alone; nothing else looks at a second '
+                "attempt"
+            )
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -1,9 +1,10 @@
-"""Wording that gives away the tutoring frame.
+"""Wording that gives away the tutoring frame, or a hint.
 
 A teacher that explains against a gap has just read a student's answer, its own earlier answer and a score. A rationale that
 talks about them would teach the student to talk about a conversation it never had, so it is no lesson. The same words in a
 word problem about students are. The question tells the two apart: "the student" in a text whose question speaks of none can
-only mean ours. Measured on recorded answers of models that never saw the frame (tests/test_frame.py).
+only mean ours. A teacher that was shown the right answer or a solution may speak of that in the same way. Measured on recorded
+answers of models that saw neither (tests/test_frame.py).
 """
 
 from __future__ import annotations
@@ -57,6 +58,28 @@ _PARTY: Final = re.compile(
     re.IGNORECASE,
 )
 
+_HINT: Final = re.compile(
+    "|".join(
+        (
+            r"\bhint(?:s|ed)?\b",
+            r"\b(?:given|provided|supplied|reference|expected|official|gold|target|intended|stated)\s(?:\w{1,20}\s)?"
+            r"(?:answer|solution)s?\b(?!\s(?:choice|option))",
+            r"\bknown\s(?:\w{1,20}\s)?answer\b|\banswer\skey\b|\bfor\s(?:me|you|us)\salone\b",
+            # "The answer given", but "the solution is given by x = 2".
+            r"\b(?:answer|solution)\s(?:(?:is|was|has\sbeen|that\s(?:is|was)|which\s(?:is|was)|(?:I|we)\s(?:was|were|are))\s)?"
+            r"(?:already\s)?(?:given|provided|supplied|known)\b(?!\s(?:by|as|in\sterms))|\banswer,?\s(?:was|as)\sgiven\b(?!\sby)",
+            r"\bas\s(?:was\s)?(?:provided|supplied)\b(?!\s(?:in|by)\s(?:the|this)\s(?:\w{1,20}\s)?(?:question|problem|statement|"
+            r"text|passage|table|figure|diagram))",
+            r"\b(?:according\sto|based\son|per)\sthe\s(?:\w{1,20}\s)?(?:answer|solution)\b(?!\s(?:choice|option))",
+            r"\b(?:since|because|given|knowing|told|know)\s(?:that\s)?the\s(?:right\s|correct\s|final\s)?answer\s(?:is|was)\b",
+            r"\b(?:match(?:es|ing)?|agree(?:s|ing)?\swith|consistent\swith)\sthe\s(?:right\s|correct\s|final\s)?(?:answer|solution|reference)\b"
+            r"(?!\s(?:choice|option))",
+            r"\b(?:was|were|been|am|are)\s(?:given|told|shown|provided\swith)\s(?:that\s)?the\s(?:\w{1,20}\s)?(?:answer|solution)\b",
+        )
+    ).replace(r"\s", r"\s{1,3}"),
+    re.IGNORECASE,
+)
+
 
 def frame_phrase(text: str, question: str) -> str | None:
     """The first wording in `text`, an answer to `question`, that refers to the tutoring frame; None when there is none.
@@ -71,3 +94,13 @@ def frame_phrase(text: str, question: str) -> str | None:
         if (party[1] or party[2]).lower() not in asked:
             return party.group()
     return None
+
+
+def hint_phrase(text: str, question: str) -> str | None:
+    """The first wording in `text`, an answer to `question`, that refers to a given answer or solution; None when there is none.
+
+    What the question says too ("Hint: use the sine rule") is ordinary. Pure, linear in the length of `text`.
+    """
+    asked = question.lower()
+    found = (phrase.group() for phrase in _HINT.finditer(text))
+    return next((phrase for phrase in found if phrase.lower() not in asked), None)

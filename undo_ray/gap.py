@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from undo_ray.frame import frame_phrase
+from undo_ray.frame import frame_phrase, hint_phrase
 from undo_ray.prompts import Case, own_case
-from undo_ray.types import SELECT, SHOW, TRUNCATED, Row
+from undo_ray.types import ENGINE_ERROR, SELECT, SHOW, TRUNCATED, Row
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -85,32 +85,65 @@ Tally = Counter[tuple[str, str, str]]
 def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
     """Count what a stage made in `column` of its rows, `attempt` or `candidates`.
 
-    Per text: `n`, `correct`, `unparsed`, the verdict's reason, `refused REASON`, and its three token counts. Per row: `good`.
+    Per text: `generations`, `broken` (the engine failed) and its three token counts. Per candidate, and per question's first
+    attempt: `n`, `correct`, `unparsed`, the verdict's reason, `refused REASON`, `hinted HINT`, `accepted HINT`. Per row:
+    `good`, `asked` (it has a text), `failed` (the engine failed on one of them).
     """
     counts = Tally()
     for row in rows:
-        found = Counter(good=good(row, column))
-        for text in made(row, column):
+        texts = made(row, column)
+        found = Counter(good=good(row, column), asked=bool(texts))
+        for number, text in enumerate(texts):
             verdict = text["verdict"]
             found.update({name: text[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")})
+            found.update(generations=1, broken=verdict["reason"] == ENGINE_ERROR)
+            if column == "attempt" and number:
+                continue  # a score rests on one attempt a question: its interval is for independent ones
             found.update(n=1, correct=verdict["correct"])
             if verdict["reason"]:
                 found.update(["unparsed", verdict["reason"]])
+            if hint := text.get("hint"):
+                found.update({f"hinted {hint}": 1, f"accepted {hint}": text["refused"] is None})
             if text.get("refused"):
                 found["refused " + text["refused"]] += 1
+        found["failed"] = found["broken"] > 0
         counts.update({(row["split"], row["subject"] or "", what): count for what, count in found.items()})
     return counts
 
 
 def made(row: Row, column: str) -> list[Row]:
-    """The texts a stage made for a row: its `candidates`, or its one `attempt` if it has any."""
-    found: list[Row] | Row = row[column] or []
-    return found if isinstance(found, list) else [found]
+    """The texts a stage made for a row: its `candidates`, or its `attempt`, if it has any, and after it those `resampled`."""
+    if column == "candidates":
+        return list(row[column] or ())
+    return [row["attempt"], *(row["resampled"] or ())] if row["attempt"] else []
 
 
 def good(row: Row, column: str) -> bool:
-    """Whether a row came out well: a candidate was accepted, the attempt was right."""
-    return any(text["refused"] is None if column == "candidates" else text["verdict"]["correct"] for text in made(row, column))
+    """Whether a row came out well: a candidate was accepted, the first attempt was right."""
+    if column == "candidates":
+        return any(text["refused"] is None for text in made(row, column))
+    return any(text["verdict"]["correct"] for text in made(row, column)[:1])
+
+
+def selected(candidates: Sequence[Row], select: str) -> Row | None:
+    """The accepted candidate that becomes the lesson: the `first`, or the `shortest` by the characters of its rationale (of
+    equals the first); None when none was accepted."""
+    accepted = [candidate for candidate in candidates if candidate["refused"] is None]
+    if select == "shortest":
+        accepted.sort(key=lambda candidate: len(candidate["rationale"]))
+    return accepted[0] if accepted else None
+
+
+def asks_again(row: Row, regenerate: str, unstable_below: float) -> bool:
+    """Whether the teacher of a round k > 0 explains a training question again, by what student k-1 made of it.
+
+    `regenerate`: `all`; `failed`, where its attempt was not right; `unstable`, where the share of its attempts that were right
+    is less than `unstable_below`. An attempt in which nothing could be graded is not right.
+    """
+    if regenerate == "unstable":
+        right = [attempt["verdict"]["correct"] for attempt in made(row, "attempt")]
+        return sum(right) / len(right) < unstable_below
+    return regenerate == "all" or not good(row, "attempt")
 
 
 def total(counts: Tally, split: str | None = None) -> Counter[str]:
@@ -150,9 +183,10 @@ def shuffled(cases: Sequence[Case], seed: int) -> tuple[Case, ...]:
 
 
 def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = False) -> str | None:
-    """Why a graded candidate is no lesson by itself: its verdict's reason, `wrong`, or `frame`; None when it may be one.
+    """Why a graded candidate is no lesson by itself: its verdict's reason, `wrong`, `frame` or `hint`; None when it may be one.
 
     `frame` is a rationale that talks about the tutoring ("the student's answer"…): true to its prompt, useless as a lesson.
+    `hint` is one that talks about the answer its teacher was shown.
     With `keep_wrong` a finished rationale is accepted whatever its answer, and without one.
     """
     verdict = candidate["verdict"]
@@ -160,7 +194,9 @@ def refusal(candidate: Mapping[str, Any], question: str, keep_wrong: bool = Fals
         return str(verdict["reason"])
     if not verdict["correct"] and not keep_wrong:
         return verdict["reason"] or "wrong"
-    return "frame" if frame_phrase(candidate["rationale"], question) else None
+    if frame_phrase(candidate["rationale"], question):
+        return "frame"
+    return "hint" if candidate["hint"] and hint_phrase(candidate["rationale"], question) else None
 
 
 def converged(accuracies: Sequence[float], patience: int, min_gain: float) -> bool:

@@ -1,16 +1,17 @@
 """The stages that make text: explain(), attempt() and measure(), and test() at the end.
 
-Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. A row whose
-generation failed keeps its place with its reason; a copy goes to quarantine. Figures are counted on the written rows, part by
-part, so that the driver never holds rows.
+Each is a Ray Data pipeline: read rows -> an engine pool -> parse and grade on whatever CPUs there are -> Parquet. explain() is
+several of them where the teacher may be asked again: each asks about the rows that those before left without an accepted
+rationale, in full batches; all others go past the engines. A row whose generation failed stays, with its reason; a copy goes to
+quarantine. Figures are counted on the written rows, part by part, so that the driver never holds rows.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -38,39 +39,103 @@ GENERATIONS = "generations"
 Judged = tuple[str | None, str | None, dict[str, Any]]
 """(diagnosis, the text that counts, verdict as a dict) of one generation."""
 
-ROLES = {"teacher": ("rationale", "candidates", "accepted"), "student": ("attempt", "attempt", "right")}
-"""Whose text a stage makes: what its seeds are called, the column it fills, what a good row is called."""
+ROLES = {"teacher": ("candidates", "accepted"), "student": ("attempt", "right")}
+"""Whose text a stage makes: the column it fills, what a good row is called."""
+
+DECIDED_BY = ["split", "answer", "solution", "attempt", "resampled", "candidates"]
+"""Columns that say whether a teacher is asked about a row."""
 
 
 # -- the teacher --------------------------------------------------------------------------------------------------------
 
 
 def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
-    """The teacher writes a rationale for every training question (in round 0 for the show questions too).
+    """The teacher writes a rationale for the training questions (in round 0 for the show questions too).
 
-    `gap_ref` refers to Δ(k-1), None in round 0. Fills `candidates`, `lesson` and the newest `history` entry.
+    `gap_ref` refers to Δ(k-1), None in round 0. Fills `candidates`, `lesson` and the newest `history` entry of the rows it asks
+    about (see `_asked`).
     """
     import numpy as np
     import ray
 
+    _resumed(out)
     k, spec, feedback = out.round, recipe.teacher, recipe.gap.feedback
-    # Where round 0 is given, so are the rationales of its training questions.
-    asked = (TRAIN,) if k else (TRAIN, SHOW) if recipe.round0 == "run" else (SHOW,)
-    render, shown = _solver(asked), 0
+    shown_ref = permuted_ref = None
     parse: Parse = prompts.parse_solve
     if k and feedback != "none":
         shown_ref = ray.remote(_shown).options(num_cpus=0.5).remote(gap_ref, recipe, k)
         permuted_ref = _permuted(rows, recipe, k) if feedback == "shuffled" else None
-        render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback)
-        parse, shown = prompts.TEMPLATES[spec.template].parse, len(ray.get(shown_ref))
+        parse = prompts.TEMPLATES[spec.template].parse
     # Of the shown examples the teacher has read every word, answers included.
-    cases = ray.get(shown_ref) if shown else ()
+    cases = ray.get(shown_ref) if shown_ref is not None else ()
     read = [text for case in cases for text in (case.question, *(answer for _, answer in case.before), case.student) if text]
     held_ref = ray.put(np.union1d(held(out.ledger), clean.hashes(read))) if recipe.data.clean == "ngram" else None
-    judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref)
-    totals = gap.total(_generate(rows, recipe, "teacher", spec.model, render, parse, judge, k, out))
+    asks: Callable[[Row], bool] = partial(_asked, k=k, recipe=recipe)
+    waves, total = _waves(recipe), 0
+    parts: list[Dataset] = []
+    for number, (samples, hint) in enumerate(waves, 1):
+        asks = partial(_unsettled, hint=hint) if parts else asks
+        count = _where(rows.select_columns(DECIDED_BY), asks, True).count()
+        parts.append(_where(rows, asks, False))
+        rows = _where(rows, asks, True)
+        if not count:
+            break
+        total += count
+        out.progress.total(total)
+        seeds = partial(_seeds, recipe.seed, "rationale", k, samples)
+        render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback, hint)
+        judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref, hint=hint)
+        rows = _answered(rows, recipe, "teacher", spec.model, render, parse, judge, seeds, out)
+        if number < len(waves):  # executed before the next begins: one pool of engines at a time, and no row asked in vain
+            files = out.write(rows, f"waves/{number}")
+            if number == 1:  # all rows asked about: an engine that fails on too many is not asked again
+                _counted(files, out, spec.engine, "teacher")
+            rows = dataset(files)
+    close = partial(_closed, k=k, keep=recipe.gap.history, select=recipe.lessons.select)
+    files = out.write(rows.union(*parts).map_batches(close, batch_format="pyarrow"))
+    (out.place / "waves").remove()
+    totals = gap.total(_counted(files, out, spec.engine, "teacher"))
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
-    out.note(shown=shown, refused=refused)
+    hints = [hint for _, hint in waves if hint]
+    hinted = {hint: {"asked": totals[f"hinted {hint}"], "accepted": totals[f"accepted {hint}"]} for hint in hints}
+    out.note(asked=totals["asked"], hinted=hinted, shown=len(cases), refused=refused)
+
+
+def _asked(row: Row, k: int, recipe: Recipe) -> bool:
+    """Whether round k's teacher is asked about a row. Reads its columns `DECIDED_BY` alone."""
+    if k:
+        return row["split"] == TRAIN and gap.asks_again(row, recipe.teacher.regenerate, recipe.teacher.unstable_below)
+    # Where round 0 is given, so are the rationales of its training questions.
+    return row["split"] == SHOW or (row["split"] == TRAIN and recipe.round0 == "run")
+
+
+def _unsettled(row: Row, hint: str | None) -> bool:
+    """Whether a row that was asked about has no accepted rationale of this round yet, and the gold that a hint would show.
+
+    Only training questions are hinted at: those of `show` are no lessons, and stand in every later prompt.
+    """
+    return not gap.good(row, "candidates") and (hint is None or (row["split"] == TRAIN and bool(row[hint])))
+
+
+Wave = tuple[Sequence[object], str | None]
+"""(samples of a question that are asked for at once, what of its gold is shown: `answer`, `solution` or None)."""
+
+
+def _waves(recipe: Recipe) -> list[Wave]:
+    """What is asked in turn, each wave for the questions that the earlier ones left without an accepted rationale."""
+    n, hints = recipe.teacher.samples, recipe.teacher.hints
+    plain = [range(n)] if recipe.lessons.select == "shortest" else [range(i, i + 1) for i in range(n)]
+    shown = {"off": [], "cascade": ["answer", "solution"]}.get(hints, [hints])
+    return [*((samples, None) for samples in plain), *(((hint,), hint) for hint in shown)]
+
+
+def _where(rows: Dataset, test: Callable[[Row], bool], wanted: bool) -> Dataset:
+    """The rows that pass a test of their columns `DECIDED_BY`, or those that do not."""
+
+    def kept(table: pa.Table) -> pa.Table:
+        return table.filter(pa.array([test(row) is wanted for row in table.select(DECIDED_BY).to_pylist()], pa.bool_()))
+
+    return rows.map_batches(kept, batch_format="pyarrow", zero_copy_batch=True)
 
 
 def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
@@ -81,8 +146,9 @@ def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
     directory, spec = models.local(recipe.teacher.model, recipe.seed), recipe.teacher
     tokenizer = AutoTokenizer.from_pretrained(directory)
     context = spec.engine.context or AutoConfig.from_pretrained(directory).max_position_embeddings
-    # Beside the examples there must be room for the question's own history and for the answer.
+    # Beside the examples there must be room for the question's own history, a solution it may be hinted with, and the answer.
     own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
+    own += spec.sampling.max_tokens if spec.hints in ("solution", "cascade") else 0
     budget = min(spec.prompt_tokens, context - own - spec.sampling.max_tokens)
     render = prompts.TEMPLATES[spec.template].render
     while cases and len(tokenizer(render(cases, Case(""), "")[0]["content"])["input_ids"]) > budget:
@@ -91,54 +157,86 @@ def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
 
 
 class _Explain:
-    """Row -> the chat that asks the teacher for a rationale against Δ."""
+    """Row -> the chat that asks the teacher for a rationale: against Δ, or plainly where there is none (`shown_ref` None).
 
-    def __init__(self, shown_ref: Any, permuted_ref: Any, template: str, feedback: str):
+    `hint`: the column of the row's gold that the chat shows.
+    """
+
+    def __init__(self, shown_ref: Any, permuted_ref: Any, template: str, feedback: str, hint: str | None):
         import ray
 
-        self.shown: Sequence[Case] = () if feedback == "history" else ray.get(shown_ref)
+        self.plain, self.feedback, self.hint = shown_ref is None, feedback, hint
+        self.shown: Sequence[Case] = () if self.plain or feedback == "history" else ray.get(shown_ref)
         self.permuted: dict[str, list[Row]] = ray.get(permuted_ref) if permuted_ref is not None else {}
-        self.render, self.feedback = prompts.TEMPLATES[template].render, feedback
+        self.template = prompts.TEMPLATES[template]
 
-    def __call__(self, row: Row) -> list[Message] | None:
-        if row["split"] != TRAIN:
-            return None
+    def __call__(self, row: Row) -> list[Message]:
+        instruction = tasks.get(row["task"]).instruction
+        hint = self.template.hint(self.hint, row[self.hint]) if self.hint else None
+        if self.plain:
+            return prompts.solve(prompts.question_text(row), instruction, hint)
         own = prompts.own_case({**row, "history": self.permuted.get(row["id"], row["history"])})
         own = Case(own.question) if self.feedback == "block" else own
-        return self.render(self.shown, own, tasks.get(row["task"]).instruction)
+        return self.template.render(self.shown, replace(own, hint=hint), instruction)
 
 
 def _judge_rationales(
-    row: Row, generations: list[Row], judged: list[Judged], k: int, recipe: Recipe, held_ref: Any = None
+    row: Row,
+    generations: list[Row],
+    judged: list[Judged],
+    k: int,
+    recipe: Recipe,
+    held_ref: Any = None,
+    hint: str | None = None,
 ) -> Row:
     import ray
 
     runs = ray.get(held_ref) if held_ref is not None and generations and not tasks.get(row["task"]).templated else None
-    candidates = []
+    candidates = _of_round(row, k)
     for generation, (diagnosis, rationale, verdict) in zip(generations, judged, strict=True):
         if rationale is None and recipe.lessons.keep_wrong:
             rationale = (generation["text"] or "").strip() or None
-        candidate = {"round": k, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
+        candidate = {"round": k, "hint": hint, **generation, "diagnosis": diagnosis, "rationale": rationale, "verdict": verdict}
         refused = gap.refusal(candidate, row["question"], recipe.lessons.keep_wrong)
         if refused is None and runs is not None and row["split"] == TRAIN:
             refused = "leak" if clean.leaks(rationale or "", prompts.question_text(row), runs) else None
+        if refused is None and hint == "solution":
+            share = clean.copied(rationale or "", row["solution"], prompts.question_text(row))
+            refused = "copy" if share >= clean.COPY else None
         candidates.append({**candidate, "refused": refused})
-    return explained(row, candidates, k, recipe.gap.history)
+    return {**row, "candidates": candidates}
 
 
-def explained(row: Row, candidates: list[Row], k: int, keep: int) -> Row:
-    """The row after round k's explanation: the first accepted candidate (else the first) becomes its newest history.
+def _of_round(row: Row, k: int) -> list[Row]:
+    """A row's candidates of round k; those of an earlier round are still there when it begins."""
+    return [candidate for candidate in row["candidates"] or () if candidate["round"] == k]
 
-    A row that was not asked passes with its candidates of an earlier round cleared. `keep`: history entries kept.
+
+def _closed(table: pa.Table, k: int, keep: int, select: str) -> pa.Table:
+    """Every row after round k's last rationale."""
+    rows = [explained(row, _of_round(row, k), k, keep, select) for row in table.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=ROWS)
+
+
+def explained(row: Row, candidates: list[Row], k: int, keep: int, select: str = "first") -> Row:
+    """The row after round k's explanation: the selected accepted candidate (else the first) becomes its newest history.
+
+    A row that was not asked passes with its candidates of an earlier round cleared: it keeps its lesson. `keep`: history
+    entries kept, those of rounds in which it was explained.
     """
     if not candidates:
         return {**row, "candidates": []}
-    accepted = [candidate for candidate in candidates if candidate["refused"] is None]
-    chosen = (accepted or candidates)[0]
+    accepted = gap.selected(candidates, select)
+    chosen = accepted or candidates[0]
     teacher = {"rationale": chosen["rationale"], "diagnosis": chosen["diagnosis"], "rationale_verdict": chosen["verdict"]}
-    history = [*(row["history"] or ()), _entry(k, **teacher)][-keep:]
-    lesson = {"round": k, "rationale": chosen["rationale"]} if accepted else row["lesson"]
+    history = [*_told(row), _entry(k, **teacher)][-keep:]
+    lesson = {name: chosen[name] for name in ("round", "hint", "rationale")} if accepted else row["lesson"]
     return {**row, "candidates": candidates, "lesson": lesson, "history": history}
+
+
+def _told(row: Row) -> list[Row]:
+    """The history without rounds that only have an attempt: a newer entry takes their place."""
+    return [dict(entry) for entry in row["history"] or () if entry["rationale"] is not None]
 
 
 def _entry(k: int, **known: Any) -> Row:
@@ -177,8 +275,11 @@ def permuted_histories(histories: dict[str, list[Row]], seed: int) -> dict[str, 
 
 
 def attempt(rows: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
-    """Student(k-1) attempts every training question, for the teacher of round k to see. Fills `attempt` and `history`."""
-    counts = _attempt(rows, student, recipe, (TRAIN,), out.round - 1, out)
+    """Student(k-1) attempts every training question, for the teacher of round k to see.
+
+    Fills `attempt`, `history` and, with `student.samples` above 1, `resampled`.
+    """
+    counts = _attempt(rows, student, recipe, (TRAIN,), out.round - 1, out, recipe.student.samples)
     out.note(train=asdict(gap.score(counts, TRAIN)))
 
 
@@ -198,12 +299,18 @@ def test(problems: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
     out.value = {name: asdict(gap.score(counts, name)) for name in names}
 
 
-def _attempt(rows: Dataset, student: str, recipe: Recipe, splits: Collection[str], k: int, out: Stage) -> gap.Tally:
-    judge = partial(_judge_attempt, k=k)
-    return _generate(rows, recipe, "student", student, _solver(splits), prompts.parse_solve, judge, k, out)
+def _attempt(
+    rows: Dataset, student: str, recipe: Recipe, splits: Collection[str], k: int, out: Stage, samples: int = 1
+) -> gap.Tally:
+    seeds, judge = partial(_seeds, recipe.seed, "attempt", k, range(samples)), partial(_judge_attempt, k=k)
+    _resumed(out)
+    out.progress.total(rows.count())
+    render = partial(_solver, splits)
+    files = out.write(_answered(rows, recipe, "student", student, render, prompts.parse_solve, judge, seeds, out))
+    return _counted(files, out, recipe.student.engine, "student")
 
 
-def _solver(splits: Collection[str]) -> Callable[[], engines.Render]:
+def _solver(splits: Collection[str]) -> engines.Render:
     """Row -> the plain question, for the splits asked."""
 
     def solve(row: Row) -> list[Message] | None:
@@ -211,32 +318,48 @@ def _solver(splits: Collection[str]) -> Callable[[], engines.Render]:
             return None
         return prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
 
-    return lambda: solve
+    return solve
 
 
 def _judge_attempt(row: Row, generations: list[Row], judged: list[Judged], k: int) -> Row:
-    for generation, (_, _, verdict) in zip(generations, judged, strict=True):
-        row = attempted(row, {"round": k, **generation, "verdict": verdict})
-    return row
+    attempts = [{"round": k, **given, "verdict": verdict} for given, (_, _, verdict) in zip(generations, judged, strict=True)]
+    return attempted(row, attempts) if attempts else row
 
 
-def attempted(row: Row, attempt: Row) -> Row:
-    """The row with student(k)'s attempt, entered beside round k's rationale in its history."""
-    row = {**row, "attempt": attempt}
+def attempted(row: Row, attempts: Sequence[Row]) -> Row:
+    """The row with student(k)'s attempts, the first of which counts; one is entered in its history, beside round k's rationale.
+
+    That is the first one that is not right, if any: what a question is explained again for is what its teacher must see.
+    """
+    row = {**row, "attempt": attempts[0], "resampled": list(attempts[1:])}
     if row["split"] != TRAIN:
         return row
+    shown = next((attempt for attempt in attempts if not attempt["verdict"]["correct"]), attempts[0])
     history = [dict(entry) for entry in row["history"] or ()]
-    if not history or history[-1]["round"] != attempt["round"]:
-        # Round 0 was given (`round0`), or this question has no rationale in that round.
-        history.append(_entry(attempt["round"]))
-    history[-1].update(attempt=attempt["text"], attempt_verdict=attempt["verdict"])
+    if not history or history[-1]["round"] != shown["round"]:
+        # Round 0 was given (`round0`), or the teacher was not asked about this question in that round.
+        history = [*_told(row), _entry(shown["round"])]
+    history[-1].update(attempt=shown["text"], attempt_verdict=shown["verdict"])
     return {**row, "history": history}
 
 
 # -- shared -------------------------------------------------------------------------------------------------------------
 
 
-def _generate(
+def _journal(out: Stage) -> Place:
+    """Where the engines of a stage keep what they finish."""
+    return out.resume / "generations"
+
+
+def _resumed(out: Stage) -> None:
+    """Note and say what an earlier start of this stage left in the journal."""
+    known = finished(_journal(out))
+    out.note(resumed=known)
+    if known:
+        out.progress.say(f"{known} generations of an earlier start are used as they are")
+
+
+def _answered(
     rows: Dataset,
     recipe: Recipe,
     role: str,
@@ -244,34 +367,24 @@ def _generate(
     render: Callable[[], engines.Render],
     parse: Parse,
     judge: Callable[[Row, list[Row], list[Judged]], Row],
-    k: int,
+    seeds: Callable[[Row], list[int]],
     out: Stage,
-) -> gap.Tally:
-    """rows -> blocks of one batch, so that replicas share the work -> engine -> judge -> Parquet of the stage; its tally."""
-    import ray
-
+) -> Dataset:
+    """rows -> blocks of one batch, so that replicas share the work -> engine -> judge -> rows; executed when written."""
     spec: Teacher | Student = getattr(recipe, role)
-    draw, column, well = ROLES[role]
-    seeds = partial(_seeds, recipe.seed, draw, k, getattr(spec, "samples", 1))
-    journal = out.resume / "generations"
-    if known := finished(journal):
-        out.progress.say(f"{known} generations of an earlier start are used as they are")
-    out.note(resumed=known)
-    out.progress.total(rows.count())
+    column, well = ROLES[role]
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(models.local, model, recipe.seed)
-    answered = engines.generate(blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds, journal))
+    answered = engines.generate(
+        blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out))
+    )
     grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
-    out.write(answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True))
-    count = ray.remote(_count).options(num_cpus=0.5)
-    counts = sum(ray.get([count.remote(file, column) for file in out.files()]), gap.Tally())
-    _figures(gap.total(counts), out, spec.engine, role)
-    return counts
+    return answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
 
 
-def _seeds(seed: int, draw: str, k: int, samples: int, row: Row) -> list[int]:
+def _seeds(seed: int, draw: str, k: int, samples: Iterable[object], row: Row) -> list[int]:
     """One seed per sample, from what it is for: independent of batch, replica and order."""
-    return [row_seed(seed, draw, k, row["id"], sample) for sample in range(samples)]
+    return [row_seed(seed, draw, k, row["id"], sample) for sample in samples]
 
 
 def judged(generations: Sequence[tuple[Row, Row]], parse: Parse, pool: Pool) -> list[Judged]:
@@ -314,29 +427,40 @@ def _judge(
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
+def _counted(files: list[Place], out: Stage, engine: Engine, role: str) -> gap.Tally:
+    """The tally of what a stage wrote, its figures noted."""
+    import ray
+
+    count = ray.remote(_count).options(num_cpus=0.5)
+    counts = sum(ray.get([count.remote(file, ROLES[role][0]) for file in files]), gap.Tally())
+    _figures(gap.total(counts), files, out, engine, role)
+    return counts
+
+
 def _count(file: Place, column: str) -> gap.Tally:
     """The tally of one file of a stage."""
-    batches = pq.ParquetFile(file.path, filesystem=file.fs).iter_batches(1024, columns=["split", "subject", column])
+    columns = ["split", "subject", column, "resampled"]
+    batches = pq.ParquetFile(file.path, filesystem=file.fs).iter_batches(1024, columns=columns)
     return sum((gap.tally(batch.to_pylist(), column) for batch in batches), gap.Tally())
 
 
-def _figures(totals: Counter[str], out: Stage, engine: Engine, role: str) -> None:
+def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engine, role: str) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
-    failures = totals[ENGINE_ERROR]
-    out.note(generations=totals["n"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
+    failures, failed = totals["broken"], totals["failed"]
+    out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
     tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
     out.note(tokens=tokens, gpus=engine.replicas * engine.resources.gpus)
     if not failures:
         return
     place = out.quarantine
     place.remove()
-    column = ROLES[role][1]
-    failed = dataset(out.files()).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
-    failed.write_parquet(place.made().path, filesystem=place.fs)
-    if failures > engine.max_errors * totals["n"]:
+    column = ROLES[role][0]
+    copies = dataset(files).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
+    copies.write_parquet(place.made().path, filesystem=place.fs)
+    if failed > engine.max_errors * totals["asked"]:
         raise UserError(
-            f"{out.name}: the engine failed on {failures} of {totals['n']} generations (limit {role}.engine.max_errors = "
-            f"{engine.max_errors}); the first: {_errors(failed.take(1)[0], column)[0]}; the rows are in {place.uri}",
+            f"{out.name}: the engine failed on {failed} of {totals['asked']} rows (limit {role}.engine.max_errors = "
+            f"{engine.max_errors}); the first: {_errors(copies.take(1)[0], column)[0]}; the rows are in {place.uri}",
             exit_code=1,
         )
 

@@ -39,16 +39,18 @@ def accept(rows: Dataset, earlier: Dataset | None, recipe: Recipe, out: Stage) -
         chats = earlier.union(chats)
     chats = chats.materialize()  # asked twice below; about the size of the lessons themselves
     digests = chats.map_batches(_digests, batch_format="pyarrow")
-    keys = sorted((row["digest"], row["round"], row["id"]) for row in digests.iter_rows())
+    keys = sorted((row["digest"], row["round"], row["id"], row["hint"] or "") for row in digests.iter_rows())
     if not keys:
         raise UserError(
             f"round {out.round}: no rationale was accepted, so there is nothing to train on; see `refused` in "
             f"{out.ledger.place.uri}/round-{out.round:02d}/rationales/manifest.json for the reasons",
             exit_code=3,
         )
-    duplicates = {key[1:] for before, key in pairwise(keys) if before[0] == key[0]}
+    duplicates = {key[1:3] for before, key in pairwise(keys) if before[0] == key[0]}
     out.write(chats.map_batches(partial(_without, dropped=duplicates), batch_format="pyarrow"))
-    out.note(lessons=len(keys) - len(duplicates), duplicates=len(duplicates), keep_wrong=recipe.lessons.keep_wrong)
+    hinted = sum(bool(hint) and (k, id) not in duplicates for _, k, id, hint in keys)
+    out.note(lessons=len(keys) - len(duplicates), hinted_lessons=hinted, duplicates=len(duplicates))
+    out.note(keep_wrong=recipe.lessons.keep_wrong)
 
 
 def _given_lessons(path: str) -> Dataset:
@@ -76,14 +78,15 @@ def _to_lessons(table: pa.Table, k: int, mode: str) -> pa.Table:
         if row["split"] == TRAIN and lesson and (mode == "latest" or lesson["round"] == k):
             asked = prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
             answer = {"role": "assistant", "content": lesson["rationale"]}
-            lessons.append({"id": row["id"], "round": lesson["round"], "messages": [*asked, answer]})
+            marks = {name: lesson[name] for name in ("round", "hint")}
+            lessons.append({"id": row["id"], **marks, "messages": [*asked, answer]})
     return pa.Table.from_pylist(lessons, schema=LESSONS)
 
 
 def _digests(table: pa.Table) -> pa.Table:
     texts = [repr([message["content"] for message in chat]) for chat in table.column("messages").to_pylist()]
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32] for text in texts]
-    return table.select(["id", "round"]).append_column("digest", pa.array(digests, pa.string()))
+    return table.select(["id", "round", "hint"]).append_column("digest", pa.array(digests, pa.string()))
 
 
 def _without(table: pa.Table, dropped: set[tuple[int, str]]) -> pa.Table:

@@ -31,11 +31,12 @@ def undo(recipe: Recipe, run: Run) -> list[Json]:
     What the paper (arXiv 2504.02521) leaves open, and what is done here:
 
     1. Every round fine-tunes the base model anew (`student.start`), on this round's rationales alone (`lessons.mode`).
-    2. Every training question is explained again in every round, whether or not the student got it right.
+    2. Every training question is explained again in every round, whether or not the student got it right
+       (`teacher.regenerate`).
     3. Two validation sets: `show` feeds prompts, `select` stops the loop. The paper uses one of 20 questions for both; its
        standard error of 11 points cannot tell rounds apart (`data.shared = true` reproduces it).
     4. The result is the best round on `select`, not the last.
-    5. The teacher answers the show questions once, in round 0; the gold answer is in no prompt.
+    5. The teacher answers the show questions once, in round 0; the gold answer is in no prompt (`teacher.hints`).
     6. Rounds stop when `select` accuracy has not beaten its best for `stop.patience` rounds.
     """
     asked = run.once("problems", problems.prepare, recipe)

@@ -50,11 +50,11 @@ class _Sources:
         self.figures: dict[str, dict[str, int]] = {}
         self.templated: set[str] = set()
 
-    def load(self, source: str, split: str) -> list[Row]:
+    def load(self, source: str, split: str, solutions: bool = False) -> list[Row]:
         task, split = tasks.parse_source(source, split)
         if task.templated:
             self.templated.add(task.reference)
-        rows, odd = tasks.load(task, split, self.recipe.data.dir)
+        rows, odd = tasks.load(task, split, self.recipe.data.dir, solutions)
         if task.sifted and task.kind == "math" and self.read_golds:
             with Pool(deadline=self.recipe.grading.deadline, memory=self.recipe.grading.memory) as pool:
                 verdicts = pool.grade([("", row, "math_gold") for row in rows])
@@ -71,7 +71,12 @@ class _Sources:
 
     def roles(self) -> tuple[list[Row], list[Row]]:
         data = self.recipe.data
-        train = self.load(data.train, "train")
+        hints = self.recipe.teacher.hints
+        train = self.load(data.train, "train", solutions=hints in ("solution", "cascade"))
+        if hints == "solution" and not any(row["solution"] for row in train):
+            raise UserError(
+                f'teacher.hints = "solution": no question of {data.train} has a worked solution; set it to "answer"'
+            )
         validation = self.load(data.validation, "train") if data.validation is not None else None
         asked = [row for rows in self.tests().values() for row in rows]
         tests = self.cleaned = clean.Tests(asked, self.templated, data.clean == "ngram")

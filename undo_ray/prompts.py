@@ -2,7 +2,7 @@
 
 `solve` is what the student is always asked, and the teacher in round 0. A `Template` is what the teacher is asked against a
 gap Δ(k): `render` makes the chat, `parse` takes the answer apart into the diagnosis (kept) and the rationale (graded, trained
-on). The gold answer is in no prompt.
+on). The gold answer is in no prompt but a hinted one, which the recipe has to ask for.
 
 Layout matters to the bill: in `prefix` and `compact` everything before the question is byte-identical for all questions of a
 round, so an engine's prefix cache computes the shown examples once. `paper` follows the published layout (arXiv 2504.02521 by
@@ -38,6 +38,8 @@ class Case:
     student: str | None = None
     student_answer: str | None = None
     score: bool | None = None
+    hint: str | None = None
+    """What a teacher is told of the gold, as the template's `hint` words it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Template:
     render: Callable[[Sequence[Case], Case, str], list[Message]]
     """(shown examples, the question with its own history, the task's instruction) -> chat."""
     parse: Parse
+    hint: Callable[[str, str], str]
+    """(`answer` or `solution`, the gold one) -> how a prompt says it."""
 
 
 def question_text(row: Row) -> str:
@@ -55,9 +59,9 @@ def question_text(row: Row) -> str:
     return "\n".join([row["question"], *options])
 
 
-def solve(question: str, instruction: str) -> list[Message]:
-    """The plain task: the question, then how to state the answer."""
-    return _user(f"{question}\n\n{instruction}" if instruction else question)
+def solve(question: str, instruction: str, hint: str | None = None) -> list[Message]:
+    """The plain task: the question, a hint where there is one, then how to state the answer."""
+    return _user("\n\n".join(part for part in (question, hint, instruction) if part))
 
 
 def parse_solve(text: str) -> tuple[str | None, str | None]:
@@ -108,7 +112,7 @@ def _block(case: Case) -> str:
     several = len(case.before) > 1
     teacher = [f"### {f'ITERATION {round} ' if several else ''}teacher answer:\n{text}" for round, text in case.before]
     scored = [f"### student answer:\n{case.student or ''}", f"### score:\n{int(case.score)}"] if case.score is not None else []
-    return "\n".join([f"### question:\n{case.question}", *teacher, *scored])
+    return "\n".join([f"### question:\n{case.question}", *teacher, *scored, *filter(None, [case.hint])])
 
 
 def _prefix(shown: Sequence[Case], own: Case, instruction: str) -> list[Message]:
@@ -140,10 +144,26 @@ def _compact(shown: Sequence[Case], own: Case, instruction: str) -> list[Message
         for case in shown
     ]
     last = f"question {own.question}"
-    if own.score is not None:
+    if own.hint:
+        last += f" {own.hint}"
+    elif own.score is not None:
         before = own.before[-1][1] if own.before else "none"
         last += f" before {before} score [{int(own.score)}] student {own.student_answer or 'none'}"
     return _user("\n".join([*lines, last]) + (f"\n{instruction}" if instruction else ""))
+
+
+def _hint(kind: str, gold: str) -> str:
+    name = {"answer": "right answer", "solution": "reference solution"}[kind]
+    return (
+        f"### {name}, for you alone:\n{gold}\n"
+        "Arrive there by reasoning step by step, in words of your own, as if you had not seen it. What you write is read by "
+        "someone who has not, so it must not mention that anything was given, and must not copy it."
+    )
+
+
+def _compact_hint(kind: str, gold: str) -> str:
+    # In the words the miniature teacher knows: an earlier rationale with which the student failed.
+    return f"before {gold} score [0] student none"
 
 
 def _user(content: str) -> list[Message]:
@@ -151,9 +171,9 @@ def _user(content: str) -> list[Message]:
 
 
 TEMPLATES: dict[str, Template] = {
-    "prefix": Template(_prefix, parse_new_answer),
-    "paper": Template(_paper, parse_new_answer),
-    "compact": Template(_compact, parse_solve),
+    "prefix": Template(_prefix, parse_new_answer, _hint),
+    "paper": Template(_paper, parse_new_answer, _hint),
+    "compact": Template(_compact, parse_solve, _compact_hint),
 }
 
 

@@ -25,9 +25,9 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "show": asdict(delta.show),
         "subjects": delta.subjects,
         "previous_train": figures.get("attempts", {}).get("train"),
-        **{name: lessons.get(name, 0) for name in ("lessons", "duplicates")},
+        **{name: lessons.get(name, 0) for name in ("lessons", "hinted_lessons", "duplicates")},
         "rationales": explained["generations"],
-        **{name: explained[name] for name in ("refused", "shown")},
+        **{name: explained[name] for name in ("asked", "hinted", "refused", "shown")},
         "teacher_tokens": explained["tokens"],
         "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],
@@ -64,6 +64,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
         "seed": recipe.seed,
         "shared_validation": recipe.data.shared,
         "keep_wrong": recipe.lessons.keep_wrong,
+        "hints": recipe.teacher.hints,
         "student": f"round-{chosen:02d}/student",
         "rounds": rounds,
         "resumes": run.resumes,
@@ -178,6 +179,9 @@ def table(report: Json, title: str) -> str:
     rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     notes = [f"* best round on validation (95 % intervals; feedback: {report['feedback']}; seed {report['seed']})"]
     notes += [note for key, note in NOTES.items() if report[key]]
+    if report["hints"] != "off":
+        hinted, lessons = (sum(record[name] for record in report["rounds"]) for name in ("hinted_lessons", "lessons"))
+        notes.append(f"hints: {report['hints']}; the teacher wrote {hinted} of {lessons} lessons after it was shown the gold")
     if primary and len(report["rounds"]) > 1:
         gain = report["gain"]
         points, low, high = (f"{100 * gain[key]:+.1f}" for key in ("gain", "low", "high"))

@@ -78,15 +78,19 @@ class Stage:
         """Figures for the round's record."""
         self.figures.update(figures)
 
-    def write(self, dataset: Any) -> None:
-        """Execute a Ray Dataset into Parquet files of this try."""
-        dataset.write_parquet(self.rows.made().path, filesystem=self.rows.fs)
-        if not self.files():
-            raise unusable(f"{self.rows.uri}: the stage wrote no rows")
+    def write(self, dataset: Any, name: str = "rows") -> list[Place]:
+        """Execute a Ray Dataset into Parquet files of this try, in its folder `name`: `rows` is what the stage makes, another
+        is for its own use and to be removed by it."""
+        place = self.place / name
+        dataset.write_parquet(place.made().path, filesystem=place.fs)
+        if not (files := self.files(name)):
+            raise unusable(f"{place.uri}: the stage wrote no rows")
+        return files
 
-    def files(self) -> list[Place]:
+    def files(self, name: str = "rows") -> list[Place]:
         """The files `write` wrote."""
-        return [self.rows / name for name in self.rows.files()]
+        place = self.place / name
+        return [place / file for file in place.files()]
 
 
 def dataset(files: list[Place]) -> Any:

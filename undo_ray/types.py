@@ -6,8 +6,8 @@ student is trained on, made from an accepted rationale. A **gap**, Δ(k), is wha
 teacher sees it. "Round" and "iteration" are one thing; round 0 is standard one-shot distillation.
 
 One row per problem travels round the loop. `ROWS` is its schema, identical in every round, so that no column drifts: a stage
-fills `candidates`, `attempt`, `history` and `lesson`, and passes everything else through. Names ending in `_ref` are
-`ray.ObjectRef`s; they die with the driver, so nothing that must last is ever one.
+fills the columns below the problem's own and passes everything else through. Names ending in `_ref` are `ray.ObjectRef`s; they
+die with the driver, so nothing that must last is ever one.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ GENERATION = pa.struct(
 CANDIDATE = pa.struct(
     [
         ("round", INT),
+        ("hint", TEXT),  # what of the gold the teacher was shown, "answer" or "solution"; null for an unhinted one
         *GENERATION,
         ("diagnosis", TEXT),  # what the teacher said about the student's answer; kept, never trained on
         ("rationale", TEXT),  # the part that is graded and trained on; null when the text could not be parsed
@@ -92,6 +93,7 @@ PROBLEM_FIELDS: dict[str, pa.DataType] = {
     "choices": pa.list_(TEXT),  # options of a multiple-choice question
     "subject": TEXT,  # the benchmark's own category: for error profiles, never in a prompt
     "level": TEXT,
+    "solution": TEXT,  # the benchmark's own worked solution; null unless the recipe's hints show it to the teacher
     "answer_type": TEXT,  # how to compare the gold where the benchmark says so: TheoremQA's `float`, `bool`…
 }
 """A problem: a question whose answer is known."""
@@ -102,12 +104,14 @@ ROWS = pa.schema(
         ("history", pa.list_(HISTORY)),  # oldest first
         ("candidates", pa.list_(CANDIDATE)),  # this round's samples
         ("attempt", ATTEMPT),  # the newest attempt of a student
-        ("lesson", pa.struct([("round", INT), ("rationale", TEXT)])),  # newest accepted rationale
+        ("resampled", pa.list_(ATTEMPT)),  # further samples of that student at the same question, for its pass rate
+        ("lesson", pa.struct([("round", INT), ("hint", TEXT), ("rationale", TEXT)])),  # newest accepted rationale
     ]
 )
 """The row that travels round the loop."""
 
-LESSONS = pa.schema([("id", TEXT), ("round", INT), ("messages", pa.list_(pa.struct([("role", TEXT), ("content", TEXT)])))])
+_CHAT = pa.list_(pa.struct([("role", TEXT), ("content", TEXT)]))
+LESSONS = pa.schema([("id", TEXT), ("round", INT), ("hint", TEXT), ("messages", _CHAT)])
 """What `accept` writes and `finetune` reads; loadable as it is by TRL, Axolotl, LLaMA-Factory and `datasets`."""
 
 

@@ -163,10 +163,16 @@ def cases(split: str, n: int, seed: int) -> list[Case]:
 
 
 def problems(split: str, n: int, seed: int) -> list[dict[str, str]]:
-    """The questions as rows. `subject` is the skill: for error profiles alone, no prompt shows it."""
+    """The questions as rows. `subject` is the skill: for error profiles alone, no prompt shows it. `solution` is terse."""
     return [
-        {"id": f"mini/{split}/{i}", "question": c.question, "answer": str(c.answer), "subject": c.skill}
-        for i, c in enumerate(cases(split, n, seed))
+        {
+            "id": f"mini/{split}/{i}",
+            "question": case.question,
+            "answer": str(case.answer),
+            "subject": case.skill,
+            "solution": case.rationale("terse"),
+        }
+        for i, case in enumerate(cases(split, n, seed))
     ]
 
 

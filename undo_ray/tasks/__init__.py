@@ -1,8 +1,8 @@
 """Tasks: where a benchmark's questions come from. docs/tasks.md shows how to add one.
 
 A benchmark is one `Task`, in one small file. Rows come from the Hugging Face hub, from a local folder in the hub's
-layout or in the normalised one (`id, question, answer`, optionally `choices, subject, level, answer_type`), or from a
-generator. Whatever the way, the same row has the same id. A user's own benchmark is a `Task` in a module of theirs,
+layout or in the normalised one (`id, question, answer`, optionally `choices, subject, level, solution, answer_type`), or from
+a generator. Whatever the way, the same row has the same id. A user's own benchmark is a `Task` in a module of theirs,
 named `package.module:NAME` in the recipe.
 """
 
@@ -32,6 +32,9 @@ TASKS: dict[str, str] = {
     "theoremqa": "undo_ray.tasks.theoremqa:THEOREMQA",
 }
 """Name -> `module:NAME`, imported when asked for. A literal, so that it is the same on every Ray worker."""
+
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+"""What GSM8K's solutions, and sets made in their style, note for a calculator (`<<3*2=6>>`): no part of the wording."""
 
 FILES = (".jsonl", ".parquet")
 """Endings of the files that rows are read from."""
@@ -106,16 +109,18 @@ def parse_source(text: str, default_split: str) -> tuple[Task, str]:
     return task, split
 
 
-def load(task: Task, split: str, directory: str | None) -> tuple[list[Row], dict[str, int]]:
+def load(task: Task, split: str, directory: str | None, solutions: bool = False) -> tuple[list[Row], dict[str, int]]:
     """All problems of a split in the benchmark's order, each with exactly the keys of `PROBLEM_FIELDS`, and how many rows
     were left out or are odd, by reason (`left out: needs a picture`).
 
+    `solutions`: keep the worked solutions, most of the memory of a set that has them; without, the column is None.
     `split` may be the path of a file. `directory` is the task's folder or the folder that holds it; None is the hub.
     Raises UserError for a folder, file or column that is not there, an unreadable or incomplete row, a repeated id, a gold
     answer that its own grader does not accept, and an empty split.
     """
     counts: Counter[str] = Counter()
-    rows = [problem for _, problem in _problems(task, split, directory, counts)]
+    found = (problem for _, problem in _problems(task, split, directory, counts))
+    rows = [problem if solutions else {**problem, "solution": None} for problem in found]
     return rows, dict(counts)
 
 
@@ -168,8 +173,10 @@ def _problem(task: Task, split: str, row: Any, index: int, where: str) -> Row:
         problem["id"] = f"{task.name}/{split}/{hashlib.sha256(question).hexdigest()[:12]}"
     if isinstance(problem["answer"], str):
         problem["answer"] = problem["answer"].strip()
-    for name in ("subject", "level", "answer_type"):
+    for name in ("subject", "level", "solution", "answer_type"):
         problem[name] = None if problem[name] is None else str(problem[name])
+    if problem["solution"] is not None:
+        problem["solution"] = _CALCULATOR.sub("", problem["solution"]).strip() or None
     return problem
 
 

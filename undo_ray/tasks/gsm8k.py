@@ -13,8 +13,8 @@ from undo_ray.tasks import Task
 
 
 def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
-    answer = str(row["answer"]).rpartition("####")[2] if "####" in str(row["answer"]) else ""
-    return {"id": f"gsm8k/{split}/{index}", "question": row["question"], "answer": answer.strip()}
+    solution, _, answer = str(row["answer"]).rpartition("####") if "####" in str(row["answer"]) else ("", "", "")
+    return {"id": f"gsm8k/{split}/{index}", "question": row["question"], "answer": answer.strip(), "solution": solution.strip()}
 
 
 GSM8K = Task(

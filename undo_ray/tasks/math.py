@@ -51,6 +51,7 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
     return {
         "question": row["problem"],
         "answer": boxed(str(row["solution"])),
+        "solution": row["solution"],
         "subject": row.get("type") or row.get("subject"),
         "level": level if level.isdecimal() else None,
     }

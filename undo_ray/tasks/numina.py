@@ -28,6 +28,7 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
         "id": f"numina/{split}/{index}",
         "question": row["problem"],
         "answer": boxed(str(row["solution"])),
+        "solution": row["solution"],
         "subject": row["source"],
     }
 

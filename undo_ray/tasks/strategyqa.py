@@ -7,10 +7,16 @@ train?", "answer": false, "facts": ["Snails are slow."], "decomposition": ["How 
 Metric: exact match of yes or no (`grading`, kind `yes_no`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from undo_ray.tasks import Task
+
+
+def _solution(facts: Iterable[str]) -> str:
+    """The facts as one text, each a sentence."""
+    stripped = (fact.strip() for fact in facts)
+    return " ".join(fact if fact.endswith((".", "?", "!")) else f"{fact}." for fact in stripped)
 
 
 def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
@@ -19,6 +25,7 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
         "question": row["question"],
         "answer": "yes" if row["answer"] is True else "no" if row["answer"] is False else None,
         "subject": row["term"],
+        "solution": _solution(row.get("facts") or ()),
     }
 
 

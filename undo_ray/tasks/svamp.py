@@ -18,6 +18,7 @@ def _from_hub(row: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
         "question": row["question_concat"],
         "answer": str(row["Answer"]),
         "subject": row["Type"],
+        "solution": row.get("Equation"),
     }
 
 
