@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -210,8 +211,9 @@ def test_a_killed_driver_leaves_what_was_finished_to_the_next(tmp_path: Path) ->
     assert not (stage / "manifest.json").exists()
     kept = {row["key"]: row["generation"]["text"] for table in journal._tables(done / "done") for row in table.to_pylist()}
     output = runs.run("mini", tmp_path / "run", *sets)
-    assert f"{len(kept)} generations of an earlier start are used as they are" in output
-    assert json.loads((stage / "manifest.json").read_text())["figures"]["resumed"] == len(kept)
+    used = re.search(r"(\d+) generations of an earlier start are used as they are", output)
+    assert used and int(used[1]) >= len(kept), "an engine may have finished more before it saw that its driver was gone"
+    assert json.loads((stage / "manifest.json").read_text())["figures"]["resumed"] == int(used[1])
     rows = runs.rows(tmp_path / "run", "round-00/rationales")
     texts = [row["candidates"][0]["text"] for row in rows if row["candidates"]]
     assert len(texts) == 124 and set(kept.values()) <= set(texts)
