@@ -24,10 +24,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import runs
+from pydantic import SecretStr
 
-from undo_ray import engines
-from undo_ray.config import Endpoint, Sampling, TeacherEngine
+from undo_ray import engines, gap, generate
+from undo_ray.config import Endpoint, Engine, Recipe, Sampling, TeacherEngine
 from undo_ray.mini import models as mini
+from undo_ray.prompts import TEMPLATES, Case
 from undo_ray.types import GENERATION, Message, Row, UserError
 
 KEY = "sk-planted-0123456789abcdef"
@@ -58,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.02)
         with self.server.lock:  # before it is answered: afterwards the client may send the next one
             self.server.flying -= 1
-        kind, _, times = question.partition(" x")
+        kind, _, times = (self.server.always or question).partition(" x")
         self.answer(kind if not times or tried <= int(times) else "ok", question, seed)
 
     def answer(self, kind: str, question: str, seed: int) -> None:
@@ -108,7 +110,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.lock, self.flying, self.most = threading.Lock(), 0, 0
+        self.lock, self.flying, self.most, self.always = threading.Lock(), 0, 0, ""
         self.seen: Counter[tuple[str, int]] = Counter()
         self.log: list[tuple[float, str, str, dict[str, Any]]] = []
 
@@ -270,6 +272,23 @@ def test_a_key_that_is_not_there_is_asked_for_before_any_work(
     engines.check(engine(1, key_env=""), "teacher.engine")
 
 
+def test_without_a_tokenizer_the_shown_examples_are_measured_in_bytes() -> None:
+    case = Case("How many are 2 and 3?", ((0, "They are 5."),), "5", "They are 6.", "6", False)
+    nothing = gap.Score.of(0, 0)
+    delta = gap.Gap(0, (case,) * 50, nothing, nothing)
+    tree = {"data": {"train": "gsm8k"}, "student": {"model": "m", "epochs": 1.0}}
+    made = {"model": "big", "template": "prefix", "prompt_tokens": 1500, "engine": {"kind": "openai"}}
+    shown = generate._shown(delta, Recipe.model_validate({**tree, "teacher": made}), 1)
+    prompt = TEMPLATES["prefix"].render
+    fits, more = (len(prompt((case,) * n, Case(""), "")[0]["content"].encode()) for n in (len(shown), len(shown) + 1))
+    assert 0 < len(shown) < 50 and fits <= 1500 * 2.5 < more
+    # With a context there must also be room for the history and the answer: 8,000 - 2 x (512 + 512) - 512 > 1,500 tokens.
+    for context, same in ((8000, True), (4000, False)):
+        bounded = {**made, "engine": {"kind": "openai", "context": context}}
+        found = generate._shown(delta, Recipe.model_validate({**tree, "teacher": bounded}), 1)
+        assert (found == shown) == same and found
+
+
 # -- through the pool ---------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +310,61 @@ def test_the_pool_keeps_rows_and_order_and_its_batches_overlap(cluster: None, se
     ]
     slow = [when for when, name, *_ in server.log if name == "hang x1"]
     assert any(name.startswith("r") and name != "r0" and when < slow[0] + 1.5 for when, name, *_ in server.log)
+
+
+# -- whole runs ---------------------------------------------------------------------------------------------------------
+
+
+def holding(folder: Path, secret: str) -> list[Path]:
+    """Files below a folder that hold the text, in plain or in UTF-16, whatever else they are."""
+    needles = (secret.encode(), secret.encode("utf-16-le"))
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [path for path in files if any(needle in path.read_bytes() for needle in needles)]
+
+
+@pytest.fixture
+def logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the Ray of a run writes."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray makes sockets below it
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    yield Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+SMALL = ("data.train_limit=40", "data.show=8", "data.select=8", "data.tests=[]", "student.tokens=3000", "teacher.model=big")
+PRICES = "prices={prompt = 2.0, cached = 0.5, completion = 10.0}"
+
+
+def at(server: Server) -> str:
+    base_url = f'base_url = "http://127.0.0.1:{server.server_port}/v1"'
+    return f'teacher.engine={{kind = "openai", batch_size = 16, endpoint = {{{base_url}}}}}'
+
+
+def test_a_run_tells_what_it_spent_and_its_key_is_nowhere(server: Server, logs: Path, tmp_path: Path) -> None:
+    output = runs.run("mini", tmp_path / "run", *SMALL, at(server), PRICES, "rounds=0", "lessons.keep_wrong=true")
+    report = runs.report(tmp_path / "run")
+    [record] = report["rounds"]
+    asked = 40 + 8
+    assert record["rationales"] == len(server.log) == asked
+    assert record["teacher_tokens"] == {"prompt": 9 * asked, "cached": 4 * asked, "completion": 3 * asked}
+    spent = {"tokens": pytest.approx(asked * (5 * 2 + 4 * 0.5 + 3 * 10) / 1e6), "gpus": None}
+    assert record["money"] == report["money"] == spent
+    assert "spent, by the recipe's prices: 0.00 on tokens" in output
+    rows = [row for row in runs.rows(tmp_path / "run", "round-00/rationales") if row["candidates"]]
+    sent = {body["messages"][-1]["content"]: body["seed"] for _, _, _, body in server.log}
+    assert {row["question"]: row["candidates"][0]["text"] for row in rows} == {q: f"{q} {seed}" for q, seed in sent.items()}
+    assert {authorization for _, _, authorization, _ in server.log} == {f"Bearer {KEY}"}
+    assert KEY not in output and holding(tmp_path, KEY) == [] and holding(logs, KEY) == []
+    assert holding(logs, "ray") != []  # what is searched is what Ray writes
+
+
+def test_a_run_whose_key_is_refused_ends_with_one_line_and_without_the_key(server: Server, logs: Path, tmp_path: Path) -> None:
+    server.always = "401"
+    output = runs.run("mini", tmp_path / "run", *SMALL, at(server), code=1)
+    start = f"undo-ray: http://127.0.0.1:{server.server_port}/v1: it does not accept the key in $OPENAI_API_KEY; export a valid"
+    assert output.splitlines()[-1].startswith(start)
+    assert KEY not in output and holding(tmp_path, KEY) == [] and holding(logs, KEY) == []
+    assert not (tmp_path / "run/round-00/rationales/manifest.json").exists()
 
 
 # -- vLLM's own server --------------------------------------------------------------------------------------------------
@@ -328,47 +402,30 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         process.wait(30)
 
 
-def texts(run_dir: Path) -> dict[str, str]:
-    return {row["id"]: row["candidates"][0]["text"] for row in runs.rows(run_dir, "round-00/rationales") if row["candidates"]}
-
-
-def holding(folder: Path, secret: str) -> list[Path]:
-    """Files below a folder that hold the text, in plain or in UTF-16, whatever else they are."""
-    needles = (secret.encode(), secret.encode("utf-16-le"))
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return [path for path in files if any(needle in path.read_bytes() for needle in needles)]
-
-
 @pytest.mark.slow
-def test_a_run_with_vllm_s_server_as_teacher_is_the_run_with_vllm_inside_and_the_key_is_nowhere(
-    vllm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logs = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray makes sockets below it
-    monkeypatch.setenv("RAY_TMPDIR", logs)
-    small = ("data.train_limit=40", "data.show=8", "data.select=8", "data.tests=[]", "rounds=1", "student.tokens=3000")
-    endpoint = (
-        "teacher.model=mini/teacher",
-        f'teacher.engine={{kind = "openai", batch_size = 16, endpoint = {{base_url = "http://127.0.0.1:{vllm}/v1"}}}}',
-        "prices={prompt = 2.0, cached = 0.5, completion = 10.0}",
-    )
-    try:
-        output = runs.run("mini", tmp_path / "remote", *small, *endpoint)
-        runs.run("mini", tmp_path / "local", *small)
-        assert texts(tmp_path / "remote") == texts(tmp_path / "local")
-        for record in runs.report(tmp_path / "remote")["rounds"]:
-            tokens = record["teacher_tokens"]
-            assert tokens["prompt"] > 40 * 10 and tokens["completion"] > 40 * 10
-            spent = 2 * (tokens["prompt"] - tokens["cached"]) + 0.5 * tokens["cached"] + 10 * tokens["completion"]
-            assert record["money"] == {"tokens": pytest.approx(spent / 1e6), "gpus": None}
-        assert runs.report(tmp_path / "remote")["rounds"][1]["teacher_tokens"]["cached"] > 0
-        assert "spent, by the recipe's prices: " in output and KEY not in output
+def test_vllm_s_own_server_writes_what_transformers_writes_and_counts_its_cache(vllm: int) -> None:
+    from undo_ray.engines.hf import Transformers
+    from undo_ray.engines.openai import OpenAI
 
-        monkeypatch.setenv("OPENAI_API_KEY", KEY + "-wrong")
-        output = runs.run("mini", tmp_path / "refused", *small, *endpoint, code=1)
-        last = output.splitlines()[-1]
-        assert last.startswith(f"undo-ray: http://127.0.0.1:{vllm}/v1: it does not accept the key in $OPENAI_API_KEY; export")
-        assert KEY not in output
-        assert holding(tmp_path, KEY) == [] and holding(Path(logs), KEY) == []
-        assert holding(Path(logs), "ray") != []  # what is searched is what Ray writes
-    finally:
-        shutil.rmtree(logs, ignore_errors=True)
+    questions = [f"sam has {n} cups and finds {n + 7} more. how many cups are there in all?" for n in range(60, 76)]
+    asked = [(chat(question), [1]) for question in questions]
+    sampling = Sampling(max_tokens=24)
+    made = engine(vllm)
+    client = OpenAI("mini/teacher", made, sampling, engines.secret(made))
+    found = client.answer(asked)
+    local = engines.Local(Transformers(mini.teacher(0), Engine(), sampling), 24).answer(asked)
+    for row, expected in zip(found, local, strict=True):
+        for sample, other in zip(row, expected, strict=True):
+            # vLLM's detokeniser keeps the space that a first token begins with.
+            assert sample["text"].strip() == other["text"].strip() and sample["engine_error"] is None
+            assert all(sample[n] == other[n] for n in ("finish_reason", "prompt_tokens", "completion_tokens"))
+    long = [(chat(questions[0] + " why? " * 150), [1])]
+    [[first]], [[again]] = client.answer(long), client.answer(long)
+    assert first["cached_tokens"] == 0 and 128 <= again["cached_tokens"] < again["prompt_tokens"]  # vLLM's CPU blocks are 128
+
+    [[bad]] = client.answer([(chat("word " * 5000), [1])])
+    assert bad["text"] is None and "400" in bad["engine_error"] and "context length" in bad["engine_error"]
+    with pytest.raises(UserError, match="it does not accept the key in"):
+        OpenAI("mini/teacher", made, sampling, SecretStr("sk-another")).answer(asked[:1])
+    with pytest.raises(UserError, match="it has no model other"):
+        OpenAI("other", made, sampling, engines.secret(made)).answer(asked[:1])

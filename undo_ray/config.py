@@ -103,7 +103,7 @@ class Endpoint(_Section):
     """requests sent per minute, retries included"""
     timeout: float = Field(600.0, gt=0)
     """seconds for one request, from sending it to the last byte"""
-    retries: NonNegativeInt = 8
+    retries: int = Field(8, ge=0, le=100)
     """further tries of a request after 408, 409, 429, 5xx, a timeout or a lost connection"""
 
     @model_validator(mode="after")
