@@ -202,7 +202,7 @@ def _check_endpoint(engine: TeacherEngine, key: str) -> None:
         return
     if not found.get_secret_value():
         raise UserError(
-            f'{key}.endpoint: the environment has no ${name}; export the key, or set key_env = "" for a server without'
+            f'{key}.endpoint: the environment has no ${name}; export the key, or set key_env = "" where none is needed'
         )
     if not re.fullmatch(r"[!-~]+", found.get_secret_value()):
         raise UserError(f"{key}.endpoint: ${name} holds blanks or characters that no key has; export the key alone")
