@@ -395,6 +395,7 @@ def test_a_finished_run_says_so_and_shows_its_table_without_starting_ray(
         "lessons": 5,
         "rationales": 5,
         "teacher_tokens": {"prompt": 10, "cached": 0, "completion": 20},
+        "money": {"tokens": None, "gpus": None},
         "seconds": {"student": 1.0},
     }
     with open_run(str(command.run_dir), recipe, weights, Progress()) as held:

@@ -51,6 +51,16 @@ PLACEMENT = {
     "teacher.engine.resources.gpus": "4",
     "teacher.engine.stall_seconds": "60",
     "teacher.engine.max_errors": "0.5",
+    "teacher.engine.endpoint.base_url": '"http://127.0.0.1:8000/v1"',
+    "teacher.engine.endpoint.key_env": '"KEY"',
+    "teacher.engine.endpoint.concurrency": "8",
+    "teacher.engine.endpoint.requests_per_minute": "8",
+    "teacher.engine.endpoint.timeout": "8",
+    "teacher.engine.endpoint.retries": "3",
+    "prices.prompt": "2",
+    "prices.cached": "0.5",
+    "prices.completion": "4",
+    "prices.gpu": "2.5",
     "student.engine.replicas": "4",
     "student.engine.tensor_parallel": "4",
     "student.engine.batch_size": "8",
@@ -195,7 +205,11 @@ def test_the_vllm_recipe_differs_from_mini_in_the_engines_alone() -> None:
         ('model = "big/teacher"', "model = 7", "teacher.model = 7: Input should be a valid string"),
         ('tests = ["gsm8k"]', 'tests = "gsm8k"', "data.tests = 'gsm8k': Input should be a valid tuple"),
         ('tests = ["gsm8k"]', "tests = [7]", "data.tests.0 = 7: Input should be a valid string"),
-        ('kind = "vllm"', 'kind = "sglang"', "teacher.engine.kind = 'sglang': Input should be 'transformers' or 'vllm'"),
+        (
+            'kind = "vllm"',
+            'kind = "sglang"',
+            "teacher.engine.kind = 'sglang': Input should be 'transformers', 'vllm' or 'openai'",
+        ),
         ("tokens = 1000", "tokens = 0", "student.tokens = 0: Input should be greater than 0"),
         ("seed = 3", 'round0 = "lessons"', "round0 = 'lessons': String should match pattern"),
         ("seed = 3", "gap = 1", "gap = 1: Input should be a valid dictionary"),
@@ -219,6 +233,25 @@ def test_a_bad_key_or_value_is_named_with_its_file(tmp_path: Path, old: str, new
 )
 def test_an_impossible_combination_is_refused_with_both_values(good: Path, override: str, expected: str) -> None:
     assert expected in refused(good, override)
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("student.engine={kind = 'openai'}", 'student: engine.kind = "openai": a student is trained and measured here'),
+        ("teacher.engine={kind = 'openai', replicas = 2}", 'kind = "openai" is one client without GPUs: leave out replicas'),
+        ("teacher.engine={kind = 'openai', resources = {gpus = 1}}", "one client without GPUs"),
+        ("teacher.engine.endpoint={retries = 1}", "the section endpoint is for kind = \"openai\", not 'vllm'"),
+        ("teacher.engine={kind = 'openai', endpoint = {base_url = '127.0.0.1:8000'}}", "is no http(s) address; write it as"),
+        ("teacher.engine={kind = 'openai', endpoint = {base_url = 'http://me:k@h/v1'}}", "leave login and query out of it"),
+        ("teacher.engine={kind = 'openai', endpoint = {base_url = 'http://h/v1?key=k'}}", "leave login and query out of it"),
+        ("prices={prompt = 1}", "give both prompt and completion"),
+        ("prices={prompt = 1, completion = 1}", "teacher.engine.kind is none; give prices.gpu"),
+    ],
+)
+def test_what_an_endpoint_cannot_be_is_refused(good: Path, override: str, expected: str) -> None:
+    message = refused(good, override)
+    assert expected in message and "\n" not in message
 
 
 def test_neither_tokens_nor_epochs_is_refused(tmp_path: Path) -> None:
@@ -375,9 +408,14 @@ def test_every_key_is_tried_below_as_the_kind_it_is() -> None:
     assert IDENTITY.keys() <= {key for key, kind in kinds.items() if kind == "identity"}
 
 
+ENDPOINT = ["teacher.engine={kind = 'openai'}", "prices={prompt = 1, cached = 0, completion = 1}"]
+"""Of the endpoint's own keys, what they need beside them."""
+
+
 @pytest.mark.parametrize("key", [*PLACEMENT, *EXTENDABLE])
 def test_a_placement_or_extendable_key_leaves_the_identity_alone(good: Path, key: str) -> None:
-    before, after = config.load(good), config.load(good, [f"{key}={({**PLACEMENT, **EXTENDABLE})[key]}"])
+    beside = ENDPOINT if key.startswith(("teacher.engine.endpoint", "prices")) else []
+    before, after = config.load(good, beside), config.load(good, [*beside, f"{key}={({**PLACEMENT, **EXTENDABLE})[key]}"])
     assert before != after
     assert config.identity(before) == config.identity(after)
 

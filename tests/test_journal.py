@@ -27,12 +27,16 @@ from undo_ray.types import UserError
 GENERATION = {"text": "4", "finish_reason": "stop", "prompt_tokens": 3, "cached_tokens": 0, "completion_tokens": 2}
 
 
+def chat(n: int) -> list[Any]:
+    return [{"role": "user", "content": f"count {n}"}]
+
+
 def generation(text: str) -> dict[str, Any]:
     return {**GENERATION, "text": text, "engine_error": None}
 
 
 def test_what_one_life_finished_the_next_takes_once(tmp_path: Path) -> None:
-    place, keys = Place(str(tmp_path)), [key([1, 2, i], 7) for i in range(3)]
+    place, keys = Place(str(tmp_path)), [key(chat(i), 7) for i in range(3)]
     first = Journal(place, "a")
     first.add(keys[0], generation("zero"))
     first.add(keys[1], generation("one"))
@@ -50,17 +54,18 @@ def test_a_finished_generation_is_on_disk_when_another_comes_after_the_flush_tim
     monkeypatch.setattr(journal, "FLUSH", 0.05)
     one = Journal(Place(str(tmp_path)), "a")
     time.sleep(0.06)
-    one.add(key([1], 0), generation("x"))
+    one.add(key(chat(1), 0), generation("x"))
     assert journal.finished(Place(str(tmp_path))) == 1
 
 
 def test_another_seed_or_prompt_is_another_generation() -> None:
-    assert len({key([1, 2], 0), key([1, 2], 1), key([1], 0), key([12], 0), key([1, 2, 0], 0)}) == 5
+    longer = [*chat(1), {"role": "assistant", "content": "1"}]
+    assert len({key(chat(1), 0), key(chat(1), 1), key(chat(12), 0), key(longer, 0)}) == 4
 
 
 def test_rows_in_flight_at_a_death_go_apart_in_ever_smaller_groups(tmp_path: Path) -> None:
     """By hand: 100 rows in flight, row 42 kills. Groups of 12, then of 1; then it is known."""
-    place, keys = Place(str(tmp_path)), [key([i], 0) for i in range(120)]
+    place, keys = Place(str(tmp_path)), [key(chat(i), 0) for i in range(120)]
 
     def live() -> list[list[int]]:
         """A life: works on group after group, and dies in the first one that holds row 42."""
@@ -91,7 +96,7 @@ def test_rows_in_flight_at_a_death_go_apart_in_ever_smaller_groups(tmp_path: Pat
 def test_an_engine_that_dies_whatever_it_is_given_ends_the_stage(tmp_path: Path) -> None:
     place = Place(str(tmp_path))
     for _ in range(journal.DEATHS + 1):
-        with pytest.raises(OSError), Journal(place, "a").flight([key([1], 0), key([2], 0)]):
+        with pytest.raises(OSError), Journal(place, "a").flight([key(chat(1), 0), key(chat(2), 0)]):
             raise OSError("no driver")
     with pytest.raises(UserError, match=r"the engine died 25 times, .* OSError: no driver; lower engine\.batch_size"):
         Journal(place, "a")

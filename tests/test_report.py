@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from undo_ray import report
+from undo_ray.config import Prices
 from undo_ray.place import Place
 from undo_ray.types import UserError
 
@@ -75,6 +76,7 @@ REPORT: dict[str, Any] = {
     "shared_validation": False,
     "keep_wrong": False,
     "hints": "off",
+    "money": {"tokens": None, "gpus": None},
     "gain": {"n": 400, "gain": 0.275, "low": 0.221, "high": 0.329, "won": 130, "lost": 20},
 }
 
@@ -123,6 +125,21 @@ def test_what_weakens_a_result_is_said_below_its_table() -> None:
     text = report.table({**REPORT, "shared_validation": True, "keep_wrong": True}, "t")
     assert "validation is shared: the questions that chose the round were in the teacher's prompts" in text
     assert "keep_wrong: students were also trained on rationales with wrong or missing answers" in text
+
+
+def test_what_was_spent_is_said_where_there_are_prices() -> None:
+    text = report.table({**REPORT, "money": {"tokens": 1234.567, "gpus": None}}, "t")
+    assert "spent, by the recipe's prices: 1,234.57 on tokens" in text and "on gpus" not in text
+    assert "spent" not in report.table(REPORT, "t")
+
+
+def test_money_by_hand() -> None:
+    tokens = {"prompt": 3_000_000, "cached": 2_000_000, "completion": 500_000}
+    # 1 fresh and 2 cached million at 2 and 0.5, half a million at 10; 7,200 GPU-seconds at 3 an hour.
+    spent = report.money(Prices(prompt=2.0, cached=0.5, completion=10.0, gpu=3.0), tokens, 7200)
+    assert spent == {"tokens": 2 + 1 + 5, "gpus": 6.0}
+    assert report.money(Prices(prompt=2.0, completion=10.0), tokens, 7200) == {"tokens": 6 + 5, "gpus": None}
+    assert report.money(Prices(), tokens, 7200) == {"tokens": None, "gpus": None}
 
 
 def test_a_run_without_tests_has_a_table_of_its_validation() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `undo-ray run`, `undo-ray show`, `undo-ray grade`, `undo-ray mini train-teacher`.
+"""The command line: `undo-ray run`, `plan`, `show`, `grade` and `mini train-teacher`.
 
 Nothing heavy is imported before the arguments and the recipe are known to be good.
 """
@@ -39,6 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. student.epochs=3")
     run.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
     run.set_defaults(do=_run)
+
+    plan = commands.add_parser("plan", help="estimate what a recipe would cost on given GPUs, without any")
+    plan.add_argument("recipe", help="TOML file")
+    plan.add_argument("--gpus", metavar="KIND[:N]", help="e.g. H200:16, with replicas and workers to fill them; default: H100s")
+    plan.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe")
+    plan.add_argument("--tokens", metavar="KEY=N", action="append", default=[], help="mean length of question, rationale, …")
+    plan.add_argument("--shape", metavar="ROLE=DIR", action="append", default=[], help="folder with a model's config.json")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.set_defaults(do=_plan)
 
     show = commands.add_parser("show", help="print the tables of finished runs beside each other")
     show.add_argument("run_dir", nargs="+", help="run directories")
@@ -89,6 +98,16 @@ def _quiet() -> None:
         "PYTHONWARNINGS": "ignore",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import json
+
+    from undo_ray import plan
+
+    recipe = config.load(options.recipe, options.set)
+    found = plan.plan(recipe, options.gpus, options.tokens, options.shape)
+    print(json.dumps(found, indent=2) if options.json else plan.table(found, options.recipe))
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -89,11 +90,39 @@ class Placement(_Section):
     """GPUs"""
 
 
-class Engine(_Section):
-    """What turns prompts into text. Both kinds run as a Ray Data actor pool behind one function."""
+class Endpoint(_Section):
+    """Where an OpenAI-compatible endpoint is and how hard it may be worked."""
 
-    kind: Literal["transformers", "vllm"] = "transformers"
-    """engine; vllm needs the `gpu` extra or vLLM's CPU build"""
+    base_url: str = "https://api.openai.com/v1"
+    """address up to `/v1`, without a key in it"""
+    key_env: str = "OPENAI_API_KEY"
+    """environment variable of the driver that holds the key; empty for a server that takes none"""
+    concurrency: int = Field(64, ge=1, le=1000)
+    """requests in flight"""
+    requests_per_minute: PositiveInt | None = None
+    """requests sent per minute, retries included"""
+    timeout: float = Field(600.0, gt=0)
+    """seconds for one request, from sending it to the last byte"""
+    retries: int = Field(8, ge=0, le=100)
+    """further tries of a request after 408, 409, 429, 5xx, a timeout or a lost connection"""
+
+    @model_validator(mode="after")
+    def _plain_address(self) -> Endpoint:
+        address = urlsplit(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"base_url = {self.base_url!r} is no http(s) address; write it as http://HOST:PORT/v1")
+        if "@" in address.netloc or address.query or address.fragment:
+            raise ValueError(
+                "base_url is written to the run directory: leave login and query out of it; the key goes through key_env"
+            )
+        return self
+
+
+class Engine(_Section):
+    """What turns prompts into text. All kinds run as a Ray Data actor pool behind one function."""
+
+    kind: Literal["transformers", "vllm", "openai"] = "transformers"
+    """engine; vllm needs the `gpu` extra or vLLM's CPU build; openai is an endpoint, for the teacher alone"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """weights and activations"""
     replicas: Placed[PositiveInt] = 1
@@ -105,7 +134,7 @@ class Engine(_Section):
     context: PositiveInt | None = None
     """longest prompt plus answer, tokens; default: the model's own"""
     kwargs: dict[str, Any] = {}
-    """further arguments of `vllm.LLM`; the memory knobs among them are placement"""
+    """further arguments of `vllm.LLM` (the memory knobs among them are placement), or fields of each request to an endpoint"""
     resources: Placed[Placement] = Placement()
     """per replica"""
     stall_seconds: Placed[float] = Field(600.0, gt=0)
@@ -113,10 +142,20 @@ class Engine(_Section):
     max_errors: Placed[float] = Field(0.05, ge=0, le=1)
     """share of rows the engine may fail on before the stage fails"""
 
+    @property
+    def remote(self) -> bool:
+        """Whether the model is behind an endpoint: no weights and no tokenizer of it are here."""
+        return self.kind == "openai"
+
     @model_validator(mode="after")
-    def _kwargs_need_vllm(self) -> Engine:
-        if self.kind != "vllm" and (self.kwargs or self.tensor_parallel > 1):
+    def _what_the_kind_takes(self) -> Engine:
+        if self.kind == "transformers" and (self.kwargs or self.tensor_parallel > 1):
             raise ValueError('kwargs and tensor_parallel are for kind = "vllm"; remove them or change kind')
+        if self.remote and (self.replicas > 1 or self.tensor_parallel > 1 or self.resources.gpus):
+            raise ValueError(
+                'kind = "openai" is one client without GPUs: leave out replicas, tensor_parallel and resources.gpus, and set '
+                "endpoint.concurrency"
+            )
         if self.tensor_parallel > 1 and self.resources.gpus < self.tensor_parallel:
             raise ValueError(
                 f"tensor_parallel = {self.tensor_parallel} needs as many resources.gpus, not {self.resources.gpus:g}"
@@ -124,11 +163,24 @@ class Engine(_Section):
         return self
 
 
+class TeacherEngine(Engine):
+    """An engine that may be an endpoint."""
+
+    endpoint: Placed[Endpoint] = Endpoint()
+    """of kind = "openai" """
+
+    @model_validator(mode="after")
+    def _endpoint_is_used(self) -> TeacherEngine:
+        if not self.remote and self.endpoint != Endpoint():
+            raise ValueError(f'the section endpoint is for kind = "openai", not {self.kind!r}; remove it or change kind')
+        return self
+
+
 class Teacher(_Section):
     """Who explains."""
 
     model: str
-    """hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory"""
+    """hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory; an endpoint's own name"""
     template: Literal["prefix", "paper", "compact"] = "prefix"
     """layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"""
     samples: PositiveInt = 1
@@ -141,7 +193,7 @@ class Teacher(_Section):
     """what of the gold is shown where no sample was accepted: nothing, answer, solution, or one after the other; marked"""
     sampling: Sampling = Sampling()
     """of rationales"""
-    engine: Engine = Engine()
+    engine: TeacherEngine = TeacherEngine()
     """of rationales"""
     prompt_tokens: PositiveInt = 6000
     """token budget of the shown examples; whole examples are dropped beyond it and counted"""
@@ -221,6 +273,12 @@ class Student(_Section):
     """of attempts, validation and tests"""
 
     @model_validator(mode="after")
+    def _trained_here(self) -> Student:
+        if self.engine.remote:
+            raise ValueError('engine.kind = "openai": a student is trained and measured here; set "vllm" or "transformers"')
+        return self
+
+    @model_validator(mode="after")
     def _amount(self) -> Student:
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError("give exactly one of student.tokens and student.epochs; `--set student.epochs=` unsets one")
@@ -260,6 +318,25 @@ class Grading(_Section):
     """GiB of address space"""
 
 
+class Prices(_Section):
+    """What things cost, in any one currency; where a price is given, records and report say what was spent."""
+
+    prompt: float | None = Field(None, ge=0)
+    """a million of the teacher's prompt tokens"""
+    cached: float | None = Field(None, ge=0)
+    """a million of these that came from the endpoint's cache; default: as prompt"""
+    completion: float | None = Field(None, ge=0)
+    """a million of the teacher's completion tokens"""
+    gpu: float | None = Field(None, ge=0)
+    """an hour of one GPU"""
+
+    @model_validator(mode="after")
+    def _both_ways(self) -> Prices:
+        if (self.prompt is None) != (self.completion is None) or (self.cached is not None and self.prompt is None):
+            raise ValueError("give both prompt and completion (and cached, if it has a price of its own), or none of them")
+        return self
+
+
 class Stop(_Section):
     """When to stop: validation (select) accuracy no longer rises."""
 
@@ -286,6 +363,7 @@ class Recipe(_Section):
     lessons: Lessons = Lessons()
     gap: Gap = Gap()
     grading: Grading = Grading()
+    prices: Placed[Prices] = Prices()
     stop: Extendable[Stop] = Stop()
 
     @model_validator(mode="after")
@@ -301,6 +379,8 @@ class Recipe(_Section):
         if self.lessons.select == "shortest" and self.teacher.samples == 1:
             raise ValueError('lessons.select = "shortest" has one rationale to choose from; set teacher.samples above 1')
         self._regenerating()
+        if self.prices.prompt is not None and not self.teacher.engine.remote:
+            raise ValueError("prices of tokens are what an endpoint charges, and teacher.engine.kind is none; give prices.gpu")
         if self.round0.startswith("student:") and self.lessons.mode == "latest":
             raise ValueError('lessons.mode = "latest" needs round-0 rationales; round0 = "student:…" has none')
         return self

@@ -140,20 +140,37 @@ def _where(rows: Dataset, test: Callable[[Row], bool], wanted: bool) -> Dataset:
 
 def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
     """Δ's examples as this round's prompts show them: after the feedback control, and as many as the token budget holds."""
-    from transformers import AutoConfig, AutoTokenizer
-
     cases = gap.shuffled(delta.shown, row_seed(recipe.seed, "shuffle", k)) if recipe.gap.feedback == "shuffled" else delta.shown
-    directory, spec = models.local(recipe.teacher.model, recipe.seed), recipe.teacher
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    context = spec.engine.context or AutoConfig.from_pretrained(directory).max_position_embeddings
-    # Beside the examples there must be room for the question's own history, a solution it may be hinted with, and the answer.
-    own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
-    own += spec.sampling.max_tokens if spec.hints in ("solution", "cascade") else 0
-    budget = min(spec.prompt_tokens, context - own - spec.sampling.max_tokens)
+    spec = recipe.teacher
+    tokens, context = _counter(recipe)
+    budget = spec.prompt_tokens
+    if context:  # beside the examples: the question's own history, a solution it may be hinted with, and the answer
+        own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
+        own += spec.sampling.max_tokens if spec.hints in ("solution", "cascade") else 0
+        budget = min(budget, context - own - spec.sampling.max_tokens)
     render = prompts.TEMPLATES[spec.template].render
-    while cases and len(tokenizer(render(cases, Case(""), "")[0]["content"])["input_ids"]) > budget:
+    while cases and tokens(render(cases, Case(""), "")[0]["content"]) > budget:
         cases = cases[:-1]
     return cases
+
+
+BYTES_PER_TOKEN = 2.5
+"""Of a text whose tokenizer is not here. Measured on questions and solutions with a tokenizer of 129,000 words that splits
+numbers into digits: GSM8K 3.9 and 2.4, MATH 3.0 and 2.7."""
+
+
+def _counter(recipe: Recipe) -> tuple[Callable[[str], float], int | None]:
+    """(how many tokens of the teacher a text has, its context). Behind an endpoint the first is an estimate on the high side,
+    by bytes, and the second what the recipe says or unknown."""
+    spec = recipe.teacher
+    if spec.engine.remote:
+        return lambda text: len(text.encode()) / BYTES_PER_TOKEN, spec.engine.context
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory = models.local(spec.model, recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    context = spec.engine.context or AutoConfig.from_pretrained(directory).max_position_embeddings
+    return lambda text: len(tokenizer(text)["input_ids"]), context
 
 
 class _Explain:
@@ -374,10 +391,9 @@ def _answered(
     spec: Teacher | Student = getattr(recipe, role)
     column, well = ROLES[role]
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
-    local = partial(models.local, model, recipe.seed)
-    answered = engines.generate(
-        blocks, engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out))
-    )
+    local = partial(str, model) if spec.engine.remote else partial(models.local, model, recipe.seed)
+    work = engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out))
+    answered = engines.generate(blocks, work)
     grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
     return answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
 

@@ -80,7 +80,8 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
     Raises UserError with one line for whatever the person running it can mend; what is committed stays.
     """
     progress = Progress()
-    refs = {"teacher.model": recipe.teacher.model, "student.model": recipe.student.model}
+    refs = {} if recipe.teacher.engine.remote else {"teacher.model": recipe.teacher.model}
+    refs["student.model"] = recipe.student.model
     if recipe.round0.startswith("student:"):
         refs["round0"] = recipe.round0.removeprefix("student:")
     for role in ("teacher", "student"):
@@ -110,7 +111,8 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
 
 def located(recipe: Recipe) -> Recipe:
     """The recipe with model directories as workers find them. The run's identity keeps them as they were written."""
-    parts = {role: getattr(recipe, role) for role in ("teacher", "student")}
+    roles = ("student",) if recipe.teacher.engine.remote else ("teacher", "student")
+    parts = {role: getattr(recipe, role) for role in roles}
     update = {role: part.model_copy(update={"model": models.located(part.model)}) for role, part in parts.items()}
     return recipe.model_copy(update=update)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
 
-from undo_ray.config import Recipe, digest, leaves
+from undo_ray.config import Prices, Recipe, digest, leaves
 from undo_ray.gap import Z95, Gap, best
 from undo_ray.place import Json, Place
 from undo_ray.problems import test_name
@@ -20,6 +21,7 @@ def round_figures(step: Step, delta: Gap) -> Json:
     figures = {name: manifest["figures"] for name, manifest in stages.items()}
     explained, lessons = figures["rationales"], figures["lessons"]
     answered = [figures[name]["tokens"] for name in ("attempts", "measure") if name in figures]
+    gpu_seconds = {name: round(stages[name]["seconds"] * figures[name].get("gpus", 0), 3) for name in stages}
     return {
         "validation": asdict(delta.select),
         "show": asdict(delta.show),
@@ -32,8 +34,21 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],
         "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},
-        "gpu_seconds": {name: round(stages[name]["seconds"] * figures[name].get("gpus", 0), 3) for name in stages},
+        "gpu_seconds": gpu_seconds,
+        "money": money(step.run.recipe.prices, explained["tokens"], sum(gpu_seconds.values())),
     }
+
+
+def money(prices: Prices, tokens: Json, gpu_seconds: float) -> Json:
+    """What teacher tokens (none where {}) and GPU time cost, in the recipe's currency; None of what has no price."""
+    spent: Json = {"tokens": None, "gpus": None}
+    if tokens and prices.prompt is not None and prices.completion is not None:
+        cached = prices.prompt if prices.cached is None else prices.cached
+        fresh = (tokens["prompt"] - tokens["cached"]) * prices.prompt
+        spent["tokens"] = (fresh + tokens["cached"] * cached + tokens["completion"] * prices.completion) / 1e6
+    if prices.gpu is not None:
+        spent["gpus"] = gpu_seconds / 3600 * prices.gpu
+    return spent
 
 
 def round_line(record: Json) -> str:
@@ -71,6 +86,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
         "stopped": stopped,
         "goal": _goal(recipe),
     }
+    spent = [record["money"] for record in records]
     if recipe.data.tests:
         tests, primary = run.tests(recipe), test_name(recipe.data.tests[0])
         base = tests.made("base")
@@ -85,8 +101,16 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
             "gain": paired(_correct(tests, 0, primary), _correct(tests, chosen, primary)),
             "test_seconds": {name: manifest["seconds"] for name, manifest in tests.manifests.items()},
         }
+        held = sum(manifest["seconds"] * manifest["figures"].get("gpus", 0) for manifest in tests.manifests.values())
+        spent.append({"tokens": None, "gpus": money(recipe.prices, {}, held)["gpus"]})
+    report["money"] = {kind: _sum(part[kind] for part in spent) for kind in ("tokens", "gpus")}
     (run.place / "report.json").write_json(report)
     return report
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
 
 
 def _goal(recipe: Recipe) -> str:
@@ -182,6 +206,10 @@ def table(report: Json, title: str) -> str:
     if report["hints"] != "off":
         hinted, lessons = (sum(record[name] for record in report["rounds"]) for name in ("hinted_lessons", "lessons"))
         notes.append(f"hints: {report['hints']}; the teacher wrote {hinted} of {lessons} lessons after it was shown the gold")
+    if spent := {kind: amount for kind, amount in report["money"].items() if amount is not None}:
+        notes.append(
+            "spent, by the recipe's prices: " + ", ".join(f"{amount:,.2f} on {kind}" for kind, amount in spent.items())
+        )
     if primary and len(report["rounds"]) > 1:
         gain = report["gain"]
         points, low, high = (f"{100 * gain[key]:+.1f}" for key in ("gain", "low", "high"))

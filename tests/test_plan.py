@@ -1,0 +1,247 @@
+"""The plan of a recipe: its figures by hand for a small made-up model, its keys, and what it says of the paper's setting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from undo_ray import cli, config, plan
+from undo_ray.plan import known
+from undo_ray.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMINA = str(ROOT / "jobs/recipes/numina-paper.toml")
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
+PARAMETERS = 1000 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64) + 64
+"""Embeddings; per layer queries and output, keys and values, the MLP, two norms; the last norm."""
+
+RECIPE = """
+rounds = 1
+
+[data]
+train = "gsm8k/train"
+tests = ["svamp/test"]
+train_limit = 1000
+show = 10
+select = 90
+
+[teacher]
+model = "{model}"
+sampling = {{ max_tokens = 200 }}
+
+[teacher.engine]
+kind = "vllm"
+dtype = "bfloat16"
+replicas = 2
+resources = {{ gpus = 1 }}
+
+[student]
+model = "{model}"
+epochs = 2
+dtype = "bfloat16"
+workers = 2
+resources = {{ gpus = 1 }}
+sampling = {{ max_tokens = 200 }}
+
+[student.engine]
+kind = "vllm"
+dtype = "bfloat16"
+resources = {{ gpus = 1 }}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe whose two models are the small one, in a folder with nothing but its config.json."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(model=tmp_path / "model"))
+    return tmp_path / "recipe.toml"
+
+
+def planned(recipe: Path | str, *overrides: str, gpus: str | None = None, tokens: tuple[str, ...] = ()) -> dict[str, Any]:
+    return plan.plan(config.load(recipe, overrides), gpus, tokens)
+
+
+def prompt_tokens(recipe: Path, question: int) -> float:
+    """Of a plain question: itself, a blank line, how to answer, and what the chat template adds."""
+    return question + 2 / plan.BYTES + plan._tokens(plan._instruction(config.load(recipe))) + plan.CHAT
+
+
+def test_the_shapes_of_known_models_have_their_published_sizes() -> None:
+    # The model cards: 72.7, 7.61, 1.54 and 0.49 billion parameters.
+    published = {"72B": 72.7, "7B": 7.61, "1.5B": 1.54, "0.5B": 0.494}
+    sizes = {name.split("-")[1]: model.parameters / 1e9 for name, model in known.MODELS.items()}
+    assert sizes == {name: pytest.approx(size, rel=3e-3) for name, size in published.items()}
+
+
+def test_parameters_are_those_transformers_counts(recipe: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from undo_ray.train import memory
+
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    found = known.model_of("teacher", str(recipe.parent / "model"), {})
+    assert found.parameters == lm.num_parameters() == PARAMETERS
+    assert found.shape(0) == memory.Shape.of(lm)
+
+
+def test_the_questions_and_tokens_of_a_round_by_hand(recipe: Path) -> None:
+    found = planned(recipe, tokens=("question=50", "rationale=100", "attempt=80", "diagnosis=60"))
+    assert found["questions"] == {"train": 1000, "show": 10, "select": 90, "tests": 300}
+    first, second = found["rounds"]
+    assert first["teacher_tokens"]["prompt"] == pytest.approx(1010 * prompt_tokens(recipe, 50), abs=1)
+    assert first["teacher_tokens"]["completion"] == 1010 * 100 and first["teacher_tokens"]["cached"] == 0
+    assert second["teacher_tokens"]["completion"] == 1000 * (100 + 60)
+    assert second["shown"] == 10
+    # Ten examples of 50 + 100 + 80 tokens come before the question, the own history of as many after it.
+    cached, prompt = (second["teacher_tokens"][name] / 1000 for name in ("cached", "prompt"))
+    assert 10 * 230 < cached < 10 * 230 + 600 and cached % plan.BLOCK == 0
+    assert 230 < prompt - cached < 230 + 100
+
+
+def test_memory_and_time_of_an_engine_by_hand(recipe: Path) -> None:
+    found = planned(recipe, gpus="H100")
+    weights, kv = 2 * PARAMETERS, 2 * 2 * 2 * 2 * 16  # 16 bits; keys and values of 2 layers, 2 heads of 16
+    parts = found["memory"]["teacher.engine"]
+    assert parts["bytes"] == {"weights": weights, "one longest request": 4096 * kv} and parts["limit"] == 0.9 * 80e9
+    tests = found["tests"]
+    requests, completion, prompt = 3 * 300, 121, prompt_tokens(recipe, 60)  # the base model and two rounds' students
+    flops = 2 * PARAMETERS + 4 * 2 * 64 * prompt / 2
+    assert tests["prefill_seconds"] == pytest.approx(requests * prompt * flops / (989e12 * 0.5))
+    read = weights + 256 * (prompt + completion / 2) * kv
+    assert tests["batch"] == 256
+    assert tests["decode_seconds"] == pytest.approx(requests * completion / 256 * read / (3.35e12 * 0.7))
+    assert tests["load_seconds"] == pytest.approx(60 + weights / 2e9)
+    wall = tests["load_seconds"] + tests["prefill_seconds"] + tests["decode_seconds"]
+    assert tests["gpu_hours"] == tests["idle_gpu_hours"] == pytest.approx(wall / 3600)  # one of two GPUs
+
+
+def test_training_by_hand(recipe: Path) -> None:
+    found = planned(recipe)["rounds"][0]["stages"]["student"]
+    chat = prompt_tokens(recipe, 60) + 121
+    assert found["tokens"] == pytest.approx(1000 * 2 * chat)
+    flops = 6 * PARAMETERS + 3 * 4 * 2 * 64 * chat / 2  # attention forward, and twice backward
+    assert found["wall_seconds"] - found["load_seconds"] == pytest.approx(found["tokens"] * flops / (2 * 989e12 * 0.35))
+    again = planned(recipe, "student.gradient_checkpointing=true")["rounds"][0]["stages"]["student"]
+    ratio = (again["wall_seconds"] - again["load_seconds"]) / (found["wall_seconds"] - found["load_seconds"])
+    assert ratio == pytest.approx(4 / 3)
+
+
+def test_the_sums_are_those_of_the_stages_and_a_gpu_has_its_price(recipe: Path) -> None:
+    found = planned(recipe, "prices={gpu = 2.0}")
+    stages = [figures for entry in found["rounds"] for figures in entry["stages"].values()] + [found["tests"]]
+    assert found["gpu_hours"] == pytest.approx(sum(figures["gpu_hours"] for figures in stages))
+    assert found["wall_hours"] == pytest.approx(sum(figures["wall_seconds"] for figures in stages) / 3600)
+    assert found["money"] == {"tokens": None, "gpus": pytest.approx(2 * found["gpu_hours"])}
+    assert [list(entry["stages"]) for entry in found["rounds"]] == [
+        ["rationales", "student", "measure"],
+        ["attempts", "rationales", "student", "measure"],
+    ]
+
+
+def test_a_count_of_gpus_is_filled_with_replicas_and_workers(recipe: Path) -> None:
+    assert planned(recipe)["gpus"]["count"] == 2
+    found = planned(recipe, gpus="L4:8")
+    assert {key: part["count"] for key, part in found["placement"].items()} == dict.fromkeys(found["placement"], 8)
+    assert all(figures["idle_gpu_hours"] == 0 for entry in found["rounds"] for figures in entry["stages"].values())
+
+
+def test_what_does_not_fit_is_said() -> None:
+    found = planned(NUMINA, gpus="L4:16")
+    assert not found["memory"]["teacher.engine"]["fits"] and "DOES NOT FIT" in plan.table(found, "t")
+    assert planned(NUMINA, gpus="H200:16")["memory"]["teacher.engine"]["fits"]
+    halved = planned(NUMINA, "teacher.engine.kwargs.quantization=fp8")["memory"]["teacher.engine"]
+    assert halved["bytes"]["weights"] == pytest.approx(72.7e9 / 4, rel=2e-3)
+
+
+def test_an_endpoint_takes_tokens_and_money_but_no_gpus(recipe: Path) -> None:
+    endpoint = ("teacher.engine={kind = 'openai'}", "teacher.model=big", "prices={prompt = 2, cached = 1, completion = 8}")
+    found = planned(recipe, *endpoint)
+    tokens = [entry["teacher_tokens"] for entry in found["rounds"]]
+    spent = sum(2 * (t["prompt"] - t["cached"]) + t["cached"] + 8 * t["completion"] for t in tokens) / 1e6
+    assert found["money"] == {"tokens": pytest.approx(spent), "gpus": None}
+    assert found["templates"] is None and "rationales" not in found["rounds"][1]["stages"]
+    assert "rationales  endpoint" in plan.table(found, "t")
+
+
+def test_the_paper_s_setting_compares_the_prompts_and_the_reported_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", NUMINA, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ours, paper = found["templates"]["prefix"], found["templates"]["paper"]
+    assert found["questions"]["train"] == 100_000 and found["gpus"]["count"] == 8
+    assert ours["shown"] == paper["shown"] == 20
+    assert ours["cached"] > 0.9 * ours["prompt"] and paper["cached"] < 0.01 * paper["prompt"]
+    assert abs(ours["prompt"] - paper["prompt"]) < 100
+    assert paper["gpu_hours"] > 2 * ours["gpu_hours"]
+    assert found["rounds"][2]["stages"]["rationales"]["gpu_hours"] == pytest.approx(ours["gpu_hours"])
+    assert found["templates"]["reported_gpu_hours"] == 2800
+    assert cli.main(["plan", NUMINA]) == 0
+    text = capsys.readouterr().out
+    assert "the paper reports about 2,800 GPU-hours" in text and "formulas:" in text
+    assert f"{paper['gpu_hours']:,.1f} GPU-hours" in text and f"{ours['gpu_hours']:,.1f} GPU-hours" in text
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "mmlu_pro", "svamp", "numina-paper"])
+def test_every_recipe_for_gpus_has_a_plan_in_which_it_fits(name: str) -> None:
+    found = planned(str(ROOT / f"jobs/recipes/{name}.toml"))
+    assert all(fit["fits"] for fit in found["memory"].values()), found["memory"]
+    assert plan.table(found, name).startswith(f"{name} on 8 × H100")
+
+
+def test_the_sizes_are_those_of_the_files(data_dir: Path) -> None:
+    recipe = config.load(NUMINA, [f"data.dir={data_dir}"])
+    for source in ("gsm8k/train", "math/test", "svamp/train", "strategyqa/train", "mmlu_pro/test", "theoremqa/test"):
+        name, split = source.split("/")
+        assert known.size_of(recipe, source, "train") == known.SIZES[name][split]
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("--gpus", "H300"), "--gpus H300: H300 is not in the table; use one of A100, H100, H200"),
+        (("--gpus", "H100:x"), "--gpus H100:x: 'x' is no count; write it as --gpus H100:16"),
+        (("--gpus", "H100:2"), "one replica of teacher.engine takes 4; give more, or lower resources.gpus"),
+        (("--set", "teacher.model=org/other"), "its shape is not known here; add --shape teacher=DIR"),
+        (("--shape", "judge=x"), "--shape judge=x: write it as --shape KEY=VALUE with one of teacher, student"),
+        (("--tokens", "question=x"), "--tokens question=x: 'x' is no count of tokens"),
+        (("--tokens", "word=1"), "with one of question, rationale, attempt, diagnosis"),
+        (("--set", "student.resources.gpus=0"), "student.resources.gpus = 0: a plan is about GPUs; add `--set student"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_heavy_is_imported(arguments: tuple[str, ...], expected: str) -> None:
+    code = (
+        "import sys\nfrom undo_ray.cli import main\n"
+        f"code = main(['plan', {NUMINA!r}, *{arguments!r}])\n"
+        "heavy = [name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules]\n"
+        "assert not heavy, heavy\nsys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"num_attention_heads": 0, "hidden_size": 8}'])
+def test_a_config_that_is_none_is_named(recipe: Path, content: str) -> None:
+    (recipe.parent / "model" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json: not the config\.json of a model of the Llama family"):
+        planned(recipe)
+
+
+def test_a_mixture_of_experts_is_refused(recipe: Path) -> None:
+    (recipe.parent / "model" / "config.json").write_text(json.dumps({**SHAPE, "num_experts": 8}))
+    with pytest.raises(UserError, match="a mixture of experts is not planned for"):
+        planned(recipe)

@@ -1,0 +1,385 @@
+"""`undo-ray plan`: what a recipe would cost on given GPUs, before anything runs.
+
+A roofline estimate from data sheets, the shapes of the models and the recipe's own prompt templates, every figure with its
+formula; docs/plan.md says what is left out. No GPU, no Ray and no torch is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from undo_ray import prompts, tasks
+from undo_ray.config import Engine, Recipe, Student
+from undo_ray.plan.known import GPUS, LENGTHS, Gpu, Lengths, Model, model_of, size_of
+from undo_ray.plan.text import table
+from undo_ray.prompts import Case
+from undo_ray.report import money
+from undo_ray.train import memory
+from undo_ray.types import Message, UserError
+
+Json = dict[str, Any]
+
+__all__ = ["plan", "table"]
+
+
+BYTES = 4
+"""Of a token of filler text, and of the templates' English (measured: 4.3)."""
+CHAT = 20
+"""Tokens a chat template adds."""
+BLOCK = 16
+"""Tokens in which vLLM's prefix cache counts."""
+
+MFU, TRAINING_MFU, OF_BANDWIDTH, OF_MEMORY = 0.5, 0.35, 0.7, 0.9
+"""Assumed: the share of peak FLOP/s in prefill and in training, of bandwidth in decoding; of memory, vLLM's default."""
+LOAD, START = 2e9, 60.0
+"""Assumed: bytes a second at which a replica reads its weights; seconds that an engine or a training run takes to start."""
+SEQUENCES = 256
+"""Requests a replica decodes at a time, where memory allows, if `engine.kwargs.max_num_seqs` says nothing: vLLM's default."""
+QUANTISED = {"fp8": 1.0, "awq": 0.5, "awq_marlin": 0.5, "gptq": 0.5, "gptq_marlin": 0.5, "bitsandbytes": 0.5}
+"""Bytes of a weight by `engine.kwargs.quantization`."""
+RUNTIME = 2e9
+"""Bytes of a GPU that CUDA, NCCL and Python take beside what training needs."""
+
+PAPER_HOURS = 2800
+"""GPU-hours (GH200) that the paper gives for the teacher's part of one round (arXiv 2504.02521)."""
+
+
+def plan(recipe: Recipe, gpus: str | None, lengths: Sequence[str] = (), shapes: Sequence[str] = ()) -> Json:
+    """The plan as JSON; docs/plan.md has its keys.
+
+    `gpus`: `KIND` or `KIND:COUNT`; `lengths`: `question=80`…; `shapes`: `teacher=DIR` for models not in `MODELS`. Raises
+    UserError for an unknown GPU or model, a set of unknown size, and an engine without GPUs.
+    """
+    kind, gpu, count = _gpus(recipe, gpus)
+    recipe = recipe if gpus is None or ":" not in gpus else _filled(recipe, count)
+    given = dict(_pair(shape, "--shape", ("teacher", "student")) for shape in shapes)
+    student = model_of("student", recipe.student.model, given)
+    teacher = None if recipe.teacher.engine.remote else model_of("teacher", recipe.teacher.model, given)
+    asked, known = _questions(recipe), _lengths(recipe, lengths)
+    formulas: list[str] = []
+    rounds = [_round(recipe, known, asked, k, teacher, student, gpu, count, formulas) for k in range(recipe.rounds + 1)]
+    tests = None
+    if asked["tests"]:  # the base model and the student of every round
+        answered = (recipe.rounds + 2) * asked["tests"]
+        tests = _stage(
+            _answers(student, recipe.student.engine, gpu, _solving(recipe, known, answered), formulas, "tests"), count
+        )
+    parts = [*rounds, tests] if tests else rounds
+    hours = sum(part["gpu_hours"] for part in parts)
+    tokens = {name: sum(entry["teacher_tokens"][name] for entry in rounds) for name in ("prompt", "cached", "completion")}
+    return {
+        "gpus": {"kind": kind, "count": count, **asdict(gpu)},
+        "placement": _placement(recipe),
+        "questions": asked,
+        "lengths": asdict(known),
+        "rounds": rounds,
+        "tests": tests,
+        "memory": _memory(recipe, teacher, student, gpu),
+        "templates": _templates(recipe, known, asked, teacher, gpu) if teacher else None,
+        "gpu_hours": hours,
+        "wall_hours": sum(part["wall_seconds"] for part in parts) / 3600,
+        "money": money(recipe.prices, tokens, hours * 3600),
+        "formulas": formulas,
+    }
+
+
+# -- what is asked ------------------------------------------------------------------------------------------------------
+
+
+def _gpus(recipe: Recipe, text: str | None) -> tuple[str, Gpu, int]:
+    """(kind, figures, how many): by default as many as the recipe's largest stage holds."""
+    kind, _, number = (text or "H100").partition(":")
+    if kind not in GPUS:
+        raise UserError(f"--gpus {text}: {kind} is not in the table; use one of {', '.join(GPUS)}, as in --gpus H200:16")
+    if number and not (number.isascii() and number.isdigit() and int(number)):
+        raise UserError(f"--gpus {text}: {number!r} is no count; write it as --gpus {kind}:16")
+    parts = _placement(recipe)
+    for key in ("teacher.engine", "student.engine", "student"):
+        part = parts[key]
+        if part and not part["gpus"]:
+            raise UserError(f"{key}.resources.gpus = 0: a plan is about GPUs; add `--set {key}.resources.gpus=1`")
+        if part and number and part["gpus"] > int(number):
+            raise UserError(
+                f"--gpus {text}: one {part['what']} of {key} takes {part['gpus']:g}; give more, or lower resources.gpus"
+            )
+    most = math.ceil(max(part["gpus"] * part["count"] for part in parts.values() if part))
+    return kind, GPUS[kind], int(number) if number else most
+
+
+def _placement(recipe: Recipe) -> Json:
+    """By section: how many, and the GPUs of each; None of a teacher behind an endpoint."""
+    teacher, student = recipe.teacher.engine, recipe.student
+    found: Json = {"teacher.engine": None}
+    if not teacher.remote:
+        found["teacher.engine"] = {"what": "replica", "count": teacher.replicas, "gpus": teacher.resources.gpus}
+    found["student.engine"] = {"what": "replica", "count": student.engine.replicas, "gpus": student.engine.resources.gpus}
+    found["student"] = {"what": "worker", "count": student.workers, "gpus": student.resources.gpus}
+    return found
+
+
+def _filled(recipe: Recipe, count: int) -> Recipe:
+    """The recipe with as many replicas and workers as the GPUs hold."""
+    teacher, student = recipe.teacher.engine, recipe.student
+    if not teacher.remote:
+        teacher = teacher.model_copy(update={"replicas": int(count // teacher.resources.gpus)})
+    engine = student.engine.model_copy(update={"replicas": int(count // student.engine.resources.gpus)})
+    workers = 1 if student.sharding == "none" else int(count // student.resources.gpus)
+    return recipe.model_copy(
+        update={
+            "teacher": recipe.teacher.model_copy(update={"engine": teacher}),
+            "student": student.model_copy(update={"engine": engine, "workers": workers}),
+        }
+    )
+
+
+def _pair(text: str, flag: str, keys: Sequence[str]) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if key not in keys or not equals or not value:
+        raise UserError(f"{flag} {text}: write it as {flag} KEY=VALUE with one of {', '.join(keys)}")
+    return key, value
+
+
+def _questions(recipe: Recipe) -> dict[str, int]:
+    data = recipe.data
+    select = 0 if data.shared else data.select
+    train = size_of(recipe, data.train, "train") - (0 if data.validation else data.show + select)
+    tests = [min(data.test_limit or 10**12, size_of(recipe, source, "test")) for source in data.tests]
+    return {"train": min(data.train_limit or train, train), "show": data.show, "select": select, "tests": sum(tests)}
+
+
+def _lengths(recipe: Recipe, given: Sequence[str]) -> Lengths:
+    keys = tuple(Lengths.__slots__)
+    changed = {}
+    for text in given:
+        key, value = _pair(text, "--tokens", keys)
+        if not (value.isascii() and value.isdigit() and int(value)):
+            raise UserError(f"--tokens {text}: {value!r} is no count of tokens; write it as --tokens {key}=400")
+        changed[key] = float(value)
+    name = tasks.parse_source(recipe.data.train, "train")[0].name
+    if name in LENGTHS:
+        return replace(LENGTHS[name], **changed)
+    if missing := [key for key in keys if key not in changed]:
+        raise UserError(f"data.train = {recipe.data.train!r}: its lengths are not known; add --tokens {missing[0]}=N")
+    return Lengths(**changed)
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Requests, and the tokens of each."""
+
+    requests: int
+    prompt: float
+    cached: float
+    completion: float
+    shown: int = 0
+
+    def total(self) -> Json:
+        each = {"prompt": self.prompt, "cached": self.cached, "completion": self.completion}
+        return {name: round(self.requests * tokens) for name, tokens in each.items()}
+
+
+def _instruction(recipe: Recipe) -> str:
+    return tasks.parse_source(recipe.data.train, "train")[0].instruction
+
+
+def _tokens(text: str) -> float:
+    return len(text.encode()) / BYTES
+
+
+def _filler(letter: str, tokens: float) -> str:
+    return (letter * (BYTES - 1) + " ") * round(tokens)
+
+
+def _texts(recipe: Recipe, known: Lengths, asked: Json, k: int, template: str, teacher: Model | None) -> Texts:
+    """The teacher's in round k, by rendering the template with filler text."""
+    train = asked["train"] if k or recipe.round0 == "run" else 0
+    show = 0 if k else asked["show"]
+    instruction, feedback = _instruction(recipe), recipe.gap.feedback
+    if k == 0 or feedback == "none":
+        chats = [prompts.solve(_filler(letter, known.question), instruction) for letter in "qr"]
+        shown: list[Case] = []
+        written = known.rationale
+    else:
+        shown = [_case(known, "s", 1)] * (0 if feedback == "history" else asked["show"])
+        render = prompts.TEMPLATES[template].render
+        spec, context = recipe.teacher, recipe.teacher.engine.context or (teacher.context if teacher else 0)
+        own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
+        budget = min(spec.prompt_tokens, context - own - spec.sampling.max_tokens) if context else spec.prompt_tokens
+        while shown and _length(render(shown, Case(""), "")) > budget:
+            shown.pop()
+        past = 0 if feedback == "block" else min(k, recipe.gap.history)
+        chats = [render(shown, _case(known, letter, past), instruction) for letter in "qr"]
+        written = known.rationale + (known.diagnosis if template != "compact" else 0)
+    prompt = _length(chats[0]) + CHAT
+    pairs = zip(*(chat[0]["content"] for chat in chats), strict=False)
+    common = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    cached = _tokens(common) // BLOCK * BLOCK
+    requests = (train + show) * recipe.teacher.samples
+    return Texts(requests, prompt, cached, written, len(shown))
+
+
+def _length(chat: list[Message]) -> float:
+    return _tokens(chat[0]["content"])
+
+
+def _case(known: Lengths, letter: str, past: int) -> Case:
+    """A question with `past` earlier rationales and, if there are any, the student's scored answer."""
+    before = tuple((k, _filler(letter, known.rationale)) for k in range(past))
+    if not past:
+        return Case(_filler(letter, known.question))
+    return Case(_filler(letter, known.question), before, "1", _filler(letter, known.attempt), "1", True)
+
+
+def _solving(recipe: Recipe, known: Lengths, requests: int) -> Texts:
+    """The student's answers to plain questions."""
+    return Texts(requests, _plain(recipe, known), 0.0, known.attempt)
+
+
+def _plain(recipe: Recipe, known: Lengths) -> float:
+    """Tokens of the prompt that asks a question alone."""
+    return _length(prompts.solve(_filler("q", known.question), _instruction(recipe))) + CHAT
+
+
+# -- what it takes ------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(model: Model, engine: Engine) -> float:
+    """Of one replica."""
+    plain = 4.0 if engine.dtype == "float32" else 2.0
+    return model.parameters * QUANTISED.get(str(engine.kwargs.get("quantization")), plain)
+
+
+def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: list[str], name: str) -> Json:
+    """What the answers take on the engine's replicas: prefill bound by FLOP/s, decoding by bandwidth or FLOP/s."""
+    requests, prompt, cached, completion = texts.requests, texts.prompt, texts.cached, texts.completion
+    each, replicas = engine.resources.gpus, engine.replicas
+    peak = each * gpu.peak * (0.5 if engine.dtype == "float32" else 1) * MFU
+    weights, context = weight_bytes(model, engine), prompt + completion / 2
+    room = (each * gpu.memory * OF_MEMORY - weights) / model.kv_bytes - cached
+    most = engine.kwargs.get("max_num_seqs", SEQUENCES)
+    batch = max(1.0, min(most, requests / replicas, room // (prompt - cached + completion)))
+    prefill = requests * (prompt - cached) * model.flops((prompt + cached) / 2) / (replicas * peak)
+    moved = (weights + batch * context * model.kv_bytes) / (each * gpu.bandwidth * OF_BANDWIDTH)
+    step = max(moved, batch * model.flops(context) / peak)
+    decode = requests * completion / (replicas * batch) * step
+    load = START + weights / LOAD
+    held = each * replicas
+    fresh, flops = prompt - cached, model.flops((prompt + cached) / 2) / 1e9
+    speed, read = peak / each / 1e12, gpu.bandwidth * OF_BANDWIDTH / 1e12
+    formulas += [
+        f"{name}: prefill = {requests:,.0f} requests × {fresh:,.0f} tokens not cached × {flops:,.1f} GFLOP ÷ ({held:g} GPUs × "
+        f"{speed:,.0f} TFLOP/s) = {prefill:,.0f} s",
+        f"{name}: a decoding step of {batch:,.0f} requests a replica = max of ({weights / 1e9:,.1f} GB weights + "
+        f"{batch:,.0f} × {context:,.0f} tokens × {model.kv_bytes / 1e3:,.0f} kB) ÷ ({each:g} GPUs × {read:.2f} TB/s) and "
+        f"{batch:,.0f} × {model.flops(context) / 1e9:,.1f} GFLOP ÷ ({each:g} GPUs × {speed:,.0f} TFLOP/s) = "
+        f"{step * 1e3:,.1f} ms",
+        f"{name}: decoding = {requests:,.0f} × {completion:,.0f} tokens ÷ ({replicas} replicas × {batch:,.0f}) × step = "
+        f"{decode:,.0f} s",
+        f"{name}: loading = {START:g} s + {weights / 1e9:,.1f} GB ÷ {LOAD / 1e9:g} GB/s = {load:,.0f} s",
+    ]
+    return {
+        "gpus": held,
+        "load_seconds": load,
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+        "batch": batch,
+        "wall_seconds": load + prefill + decode,
+        "gpu_hours": held * (load + prefill + decode) / 3600,
+    }
+
+
+def _training(recipe: Recipe, known: Lengths, lessons: float, student: Model, gpu: Gpu, formulas: list[str]) -> Json:
+    spec = recipe.student
+    one = _plain(recipe, known) + known.rationale
+    tokens = float(spec.tokens or lessons * one * (spec.epochs or 1))
+    passes = (4 if spec.lora.rank else 6) + (2 if spec.gradient_checkpointing else 0)
+    held = spec.workers * spec.resources.gpus
+    peak = gpu.peak * (1 if spec.dtype == "bfloat16" else 0.5) * TRAINING_MFU
+    work = tokens * (passes * student.parameters + passes / 2 * (student.flops(one / 2) - student.flops(0))) / (held * peak)
+    load = START + 2 * student.parameters / LOAD
+    formulas.append(
+        f"training: {tokens:,.0f} tokens × {passes} × {student.parameters / 1e9:.2f} G parameters ÷ ({held:g} GPUs × "
+        f"{peak / 1e12:,.0f} TFLOP/s) = {work:,.0f} s, attention included"
+    )
+    hours = held * (load + work) / 3600
+    return {"gpus": held, "load_seconds": load, "tokens": tokens, "wall_seconds": load + work, "gpu_hours": hours}
+
+
+def _stage(figures: Json, count: int) -> Json:
+    """With the GPU-hours of those that have nothing to do meanwhile."""
+    return {**figures, "idle_gpu_hours": (count - figures["gpus"]) * figures["wall_seconds"] / 3600}
+
+
+def _round(
+    recipe: Recipe,
+    known: Lengths,
+    asked: Json,
+    k: int,
+    teacher: Model | None,
+    student: Model,
+    gpu: Gpu,
+    count: int,
+    formulas: list[str],
+) -> Json:
+    texts = _texts(recipe, known, asked, k, recipe.teacher.template, teacher)
+    engine, kept = recipe.student.engine, formulas if k < 2 else []  # later rounds differ in their numbers alone
+    measured = _solving(recipe, known, asked["show"] + asked["select"])
+    stages = {}
+    if k:
+        attempts = _solving(recipe, known, asked["train"])
+        stages["attempts"] = _answers(student, engine, gpu, attempts, kept, f"round {k} attempts")
+    if teacher:
+        stages["rationales"] = _answers(teacher, recipe.teacher.engine, gpu, texts, kept, f"round {k} rationales")
+    if k or not recipe.round0.startswith("student:"):
+        stages["student"] = _training(recipe, known, asked["train"], student, gpu, kept)
+    stages["measure"] = _answers(student, engine, gpu, measured, [], "")
+    stages = {name: _stage(figures, count) for name, figures in stages.items()}
+    return {
+        "round": k,
+        "shown": texts.shown,
+        "teacher_tokens": texts.total(),
+        "stages": stages,
+        "gpu_hours": sum(figures["gpu_hours"] for figures in stages.values()),
+        "wall_seconds": sum(figures["wall_seconds"] for figures in stages.values()),
+    }
+
+
+def _memory(recipe: Recipe, teacher: Model | None, student: Model, gpu: Gpu) -> Json:
+    """By section: bytes of one GPU by what they are for, the limit, and whether they fit."""
+    found: Json = {}
+    for key, model, engine in (
+        ("teacher.engine", teacher, recipe.teacher.engine),
+        ("student.engine", student, recipe.student.engine),
+    ):
+        if model:
+            longest = (engine.context or model.context) * model.kv_bytes
+            parts = {"weights": weight_bytes(model, engine), "one longest request": float(longest)}
+            found[key] = _fit({name: size / engine.resources.gpus for name, size in parts.items()}, gpu.memory * OF_MEMORY)
+    spec: Student = recipe.student
+    found["student"] = _fit({**memory.need(student.shape(spec.lora.rank), spec), "runtime": RUNTIME}, gpu.memory)
+    return found
+
+
+def _fit(parts: dict[str, float], limit: float) -> Json:
+    return {"bytes": parts, "limit": limit, "fits": sum(parts.values()) <= limit}
+
+
+def _templates(recipe: Recipe, known: Lengths, asked: Json, teacher: Model, gpu: Gpu) -> Json | None:
+    """The teacher's part of a round with full history, with the shared part first and with the paper's layout."""
+    if not recipe.rounds or recipe.gap.feedback == "none":
+        return None
+    k = min(recipe.rounds, recipe.gap.history)
+    found: Json = {"round": k}
+    for template in ("prefix", "paper"):
+        texts = _texts(recipe, known, asked, k, template, teacher)
+        figures = _answers(teacher, recipe.teacher.engine, gpu, texts, [], "")
+        found[template] = {**asdict(texts), **figures}
+    task = tasks.parse_source(recipe.data.train, "train")[0].name
+    return {**found, "reported_gpu_hours": PAPER_HOURS if task == "numina" else None}

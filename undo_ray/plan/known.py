@@ -1,0 +1,162 @@
+"""What a plan starts from: data sheets of GPUs, shapes of models, sizes of sets and lengths of texts, each with its source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from undo_ray import tasks
+from undo_ray.config import Recipe
+from undo_ray.train import memory
+from undo_ray.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Figures of a data sheet, in bytes and FLOP per second."""
+
+    memory: float
+    bandwidth: float
+    peak: float
+    """bf16, dense"""
+
+
+GPUS = {
+    "A100": Gpu(80e9, 2.039e12, 312e12),  # NVIDIA A100 data sheet, SXM 80 GB
+    "H100": Gpu(80e9, 3.35e12, 989e12),  # NVIDIA H100 data sheet, SXM
+    "H200": Gpu(141e9, 4.8e12, 989e12),  # NVIDIA H200 data sheet, SXM
+    "GH200": Gpu(96e9, 4.0e12, 989e12),  # NVIDIA GH200 data sheet, 96 GB HBM3: the paper's machine
+    "B200": Gpu(180e9, 7.7e12, 2250e12),  # NVIDIA DGX B200 data sheet, an eighth of the system
+    "L40S": Gpu(48e9, 0.864e12, 362e12),  # NVIDIA L40S data sheet
+    "L4": Gpu(24e9, 0.3e12, 121e12),  # NVIDIA L4 data sheet
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The figures of a `config.json` that memory and speed depend on."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+    context: int
+    head_size: int = 128
+
+    @property
+    def parameters(self) -> int:
+        """Of the Llama family: embeddings, head, and per layer attention, gated MLP and two norms; biases left out."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        layer = self.hidden * (2 * queries + 2 * keys + 3 * self.intermediate + 2)
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.layers * layer + self.hidden
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token's keys and values, in 16 bits."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_size
+
+    def flops(self, context: float) -> float:
+        """Of one token's forward pass that attends to `context` others."""
+        return 2 * self.parameters + 4 * self.layers * self.heads * self.head_size * context
+
+    def shape(self, rank: int) -> memory.Shape:
+        """For the memory of training; `rank` of adapters on every linear layer, 0 for none."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        pairs = 2 * (self.hidden + queries) + 2 * (self.hidden + keys) + 3 * (self.hidden + self.intermediate)
+        trained = self.layers * rank * pairs if rank else self.parameters
+        every = self.parameters + (trained if rank else 0)
+        return memory.Shape(every, trained, self.vocabulary, self.hidden, self.intermediate, self.layers, queries, self.tied)
+
+
+MODELS = {
+    "Qwen/Qwen2.5-72B-Instruct": Model(8192, 29568, 80, 64, 8, 152064, False, 32768),
+    "Qwen/Qwen2.5-7B-Instruct": Model(3584, 18944, 28, 28, 4, 152064, False, 32768),
+    "Qwen/Qwen2.5-1.5B-Instruct": Model(1536, 8960, 28, 12, 2, 151936, True, 32768),
+    "Qwen/Qwen2.5-0.5B-Instruct": Model(896, 4864, 24, 14, 2, 151936, True, 32768, 64),
+}
+"""From their public `config.json`."""
+
+SIZES = {
+    "gsm8k": {"train": 7473, "test": 1319},
+    "math": {"train": 7498, "test": 5000, "math500": 500},
+    "mini": {"train": 2000, "test": 400},
+    "mmlu_pro": {"test": 12032, "validation": 70},
+    "numina": {"train": 859494, "test": 100},
+    "strategyqa": {"train": 1603, "test": 687},
+    "svamp": {"train": 700, "test": 300},
+    "theoremqa": {"test": 747},
+}
+"""Questions of the public sets, as docs/recipe.md has them; NuminaMath-CoT before rows without a usable answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Mean tokens of what the models read and write."""
+
+    question: float
+    rationale: float
+    attempt: float
+    diagnosis: float
+    """what the teacher writes before the rationale, from round 1 on"""
+
+    @classmethod
+    def of(cls, question: float, answer: float) -> Lengths:
+        """With answers of one length; a diagnosis as long as the rationale is an assumption."""
+        return cls(question, answer, answer, answer)
+
+
+LENGTHS = {
+    "gsm8k": Lengths.of(60, 121),
+    "math": Lengths.of(74, 377),
+    "mini": Lengths.of(25, 45),
+    "mmlu_pro": Lengths.of(188, 96),
+    "numina": Lengths.of(74, 377),  # as MATH
+    "strategyqa": Lengths.of(12, 121),  # answers as GSM8K
+    "svamp": Lengths.of(41, 121),  # answers as GSM8K
+    "theoremqa": Lengths.of(60, 471),
+}
+"""Measured on the sets' questions and on recorded answers of models to them, see docs/plan.md."""
+
+
+def model_of(role: str, reference: str, given: dict[str, str]) -> Model:
+    if role not in given and reference in MODELS:
+        return MODELS[reference]
+    file = Path(given.get(role, reference)) / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{role}.model = {reference!r}: its shape is not known here; add --shape {role}=DIR with a folder that holds its "
+            f"config.json (known: {', '.join(MODELS)})"
+        )
+    try:
+        c = json.loads(file.read_text(encoding="utf-8"))
+        heads, hidden = c["num_attention_heads"], c["hidden_size"]
+        if any("expert" in key for key in c):
+            raise UserError(f"{file}: a mixture of experts is not planned for; give --shape {role}=DIR of a dense model")
+        return Model(
+            hidden=hidden,
+            intermediate=c["intermediate_size"],
+            layers=c["num_hidden_layers"],
+            heads=heads,
+            kv_heads=c.get("num_key_value_heads") or heads,
+            vocabulary=c["vocab_size"],
+            tied=bool(c.get("tie_word_embeddings", False)),
+            context=c.get("max_position_embeddings", 0),
+            head_size=c.get("head_dim") or hidden // heads,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{file}: not the config.json of a model of the Llama family ({error!r}); give another folder"
+        ) from None
+
+
+def size_of(recipe: Recipe, source: str, split: str) -> int:
+    task, found = tasks.parse_source(source, split)
+    if recipe.data.dir is not None or found.endswith(tasks.FILES):
+        return len(tasks.load(task, found, recipe.data.dir)[0])
+    if task.name not in SIZES or found not in SIZES[task.name]:
+        raise UserError(f"source {source!r}: its size is not known without reading it; set data.dir to a folder that holds it")
+    return SIZES[task.name][found]
