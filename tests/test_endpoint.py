@@ -29,6 +29,7 @@ from pydantic import SecretStr
 from undo_ray import engines, gap, generate
 from undo_ray.config import Endpoint, Engine, Recipe, Sampling, TeacherEngine
 from undo_ray.mini import models as mini
+from undo_ray.place import Place
 from undo_ray.prompts import TEMPLATES, Case
 from undo_ray.types import GENERATION, Message, Row, UserError
 
@@ -141,13 +142,21 @@ def chat(question: str) -> list[Message]:
     return [{"role": "user", "content": question}]
 
 
+def said(speaker: engines.Speaker, asked: list[tuple[list[Message], list[int]]]) -> list[list[Row]]:
+    """Of each chat one generation per seed, in order."""
+    jobs = [(chat, seed) for chat, seeds in asked for seed in seeds]
+    found = dict(speaker.answer([chat for chat, _ in jobs], [seed for _, seed in jobs]))
+    made = (found[index] for index in range(len(jobs)))
+    return [[next(made) for _ in seeds] for _, seeds in asked]
+
+
 def ask(server: Server, *questions: str, seeds: tuple[int, ...] = (5,), **endpoint: Any) -> list[Row]:
     """The first sample of each question."""
     from undo_ray.engines.openai import OpenAI
 
     made = engine(server.server_port, **endpoint)
     client = OpenAI("tiny", made, Sampling(temperature=0.5, max_tokens=8), engines.secret(made))
-    answers = client.answer([(chat(question), list(seeds)) for question in questions])
+    answers = said(client, [(chat(question), list(seeds)) for question in questions])
     pa.array(answers, pa.list_(GENERATION))  # whatever came, Parquet holds it
     assert [len(answer) for answer in answers] == [len(seeds)] * len(questions)
     return [answer[0] for answer in answers]
@@ -158,7 +167,7 @@ def test_every_sample_is_a_request_of_its_own_with_its_seed_and_the_fields_of_th
 
     made = engine(server.server_port, kwargs={"reasoning_effort": "low", "max_completion_tokens": 99})
     client = OpenAI("org/tiny", made, Sampling(temperature=0.5, top_p=0.9, max_tokens=8), engines.secret(made))
-    answers = client.answer([(chat("a"), [1, 2]), (chat("b"), [3])])
+    answers = said(client, [(chat("a"), [1, 2]), (chat("b"), [3])])
     assert [[sample["text"] for sample in answer] for answer in answers] == [["a 1", "a 2"], ["b 3"]]
     counts = {"prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 3}
     assert answers[0][0] == {"text": "a 1", "finish_reason": "stop", **counts, "engine_error": None}
@@ -224,12 +233,12 @@ def test_an_endpoint_that_is_down_stops_the_stage() -> None:
         free.bind(("127.0.0.1", 0))
         made = engine(free.getsockname()[1], retries=0)
         client = OpenAI("tiny", made, Sampling(), None)
-        few = client.answer([(chat("a"), list(range(DOWN - 1)))])
+        few = said(client, [(chat("a"), list(range(DOWN - 1)))])
         assert all("ConnectError" in sample["engine_error"] for sample in few[0])
         with pytest.raises(
             UserError, match=f"no answer to {DOWN} requests in a row, each tried 1 times .*see that the endpoint"
         ):
-            client.answer([(chat("a"), [1])])
+            said(client, [(chat("a"), [1])])
 
 
 def test_no_more_requests_are_in_flight_or_sent_a_minute_than_the_recipe_says(server: Server) -> None:
@@ -292,7 +301,7 @@ def test_without_a_tokenizer_the_shown_examples_are_measured_in_bytes() -> None:
 # -- through the pool ---------------------------------------------------------------------------------------------------
 
 
-def test_the_pool_keeps_rows_and_order_and_its_batches_overlap(cluster: None, server: Server) -> None:
+def test_the_pool_keeps_rows_and_order_and_its_batches_overlap(cluster: None, server: Server, tmp_path: Path) -> None:
     import ray.data
 
     def question(row: dict[str, str]) -> list[dict[str, str]] | None:
@@ -302,7 +311,7 @@ def test_the_pool_keeps_rows_and_order_and_its_batches_overlap(cluster: None, se
     rows = ray.data.from_arrow(pa.table({"question": names})).repartition(target_num_rows_per_block=4)
     made = engine(server.server_port, timeout=2.0, concurrency=8).model_copy(update={"batch_size": 4})
     sampling = Sampling(max_tokens=8)
-    work = engines.Work(made, partial(str, "tiny"), sampling, lambda: question, "out", lambda row: [1, 2])  # type: ignore[arg-type, return-value]
+    work = engines.Work(made, partial(str, "tiny"), sampling, lambda: question, "out", lambda row: [1, 2], Place(str(tmp_path)))  # type: ignore[arg-type, return-value]
     found = engines.generate(rows, work).take_all()
     assert [row["question"] for row in found] == names
     assert [[sample["text"] for sample in row["out"]] for row in found] == [
@@ -412,20 +421,20 @@ def test_vllm_s_own_server_writes_what_transformers_writes_and_counts_its_cache(
     sampling = Sampling(max_tokens=24)
     made = engine(vllm)
     client = OpenAI("mini/teacher", made, sampling, engines.secret(made))
-    found = client.answer(asked)
-    local = engines.Local(Transformers(mini.teacher(0), Engine(), sampling), 24).answer(asked)
+    found = said(client, asked)
+    local = said(engines.Local(Transformers(mini.teacher(0), Engine(), sampling), 24), asked)
     for row, expected in zip(found, local, strict=True):
         for sample, other in zip(row, expected, strict=True):
             # vLLM's detokeniser keeps the space that a first token begins with.
             assert sample["text"].strip() == other["text"].strip() and sample["engine_error"] is None
             assert all(sample[n] == other[n] for n in ("finish_reason", "prompt_tokens", "completion_tokens"))
     long = [(chat(questions[0] + " why? " * 150), [1])]
-    [[first]], [[again]] = client.answer(long), client.answer(long)
+    [[first]], [[again]] = said(client, long), said(client, long)
     assert first["cached_tokens"] == 0 and 128 <= again["cached_tokens"] < again["prompt_tokens"]  # vLLM's CPU blocks are 128
 
-    [[bad]] = client.answer([(chat("word " * 5000), [1])])
+    [[bad]] = said(client, [(chat("word " * 5000), [1])])
     assert bad["text"] is None and "400" in bad["engine_error"] and "context length" in bad["engine_error"]
     with pytest.raises(UserError, match="it does not accept the key in"):
-        OpenAI("mini/teacher", made, sampling, SecretStr("sk-another")).answer(asked[:1])
+        said(OpenAI("mini/teacher", made, sampling, SecretStr("sk-another")), asked[:1])
     with pytest.raises(UserError, match="it has no model other"):
-        OpenAI("other", made, sampling, engines.secret(made)).answer(asked[:1])
+        said(OpenAI("other", made, sampling, engines.secret(made)), asked[:1])
