@@ -298,3 +298,25 @@ def test_out_of_memory_is_told_from_other_errors_and_names_the_knobs_with_their_
         part in advice
         for part in ("student.micro_tokens below 4096", "student.gradient_checkpointing=true", "now ddp", "more than 2 workers")
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "earlier", "goes_on"),
+    [
+        (("ddp", 1), ("ddp", 4), True),
+        (("fsdp2", 1), ("fsdp2", 4), True),
+        (("none", 1), ("fsdp2", 2), True),
+        (("zero3", 2), ("zero3", 2), True),
+        (("zero3", 1), ("zero3", 2), False),
+        (("fsdp2", 2), ("zero2", 2), False),
+        (("zero2", 2), ("ddp", 2), False),
+    ],
+)
+def test_another_layout_goes_on_where_its_state_can_be_read_and_says_so_where_not(
+    layout: tuple[str, int], earlier: tuple[str, int], goes_on: bool
+) -> None:
+    said = worker.refusal(layout, earlier)
+    if goes_on:
+        assert said is None
+    else:
+        assert said is not None and f"{layout[0]} on {layout[1]}" in said and f"{earlier[0]} on {earlier[1]}" in said

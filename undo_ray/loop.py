@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -138,7 +142,8 @@ def start_ray(verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     # Else Ray 2.60 warns that hiding GPUs from tasks that ask for none will end; this chooses the coming behaviour now.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(**own, log_to_driver=verbose, logging_level=level)
+    with nullcontext() if verbose else _held_back():  # Ray's C++ announces that it was told to be quiet
+        ray.init(**own, log_to_driver=verbose, logging_level=level)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
@@ -146,6 +151,24 @@ def start_ray(verbose: bool) -> None:
     context.execution_options.preserve_order = True  # a stage that is run again makes the same batches
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """What this process writes to stderr meanwhile, below Python too, is shown only when the block fails."""
+    sys.stderr.flush()
+    plain = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(plain, kept.read())
+            raise
+        finally:
+            os.dup2(plain, 2)
+            os.close(plain)
 
 
 def check_placement(recipe: Recipe) -> None:

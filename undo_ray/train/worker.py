@@ -232,15 +232,9 @@ class Worker:
         with checkpoint.as_directory() as directory:
             with open(os.path.join(directory, "meta.json"), encoding="utf-8") as file:
                 meta = json.load(file)
-            now, then = (self.spec.sharding, self.workers), (meta["sharding"], meta["workers"])
-            deepspeed = any(mode.startswith("zero") for mode, _ in (now, then))
-            if now != then and deepspeed:
-                raise UserError(
-                    f"student.sharding = {now[0]} on {now[1]} workers cannot go on from one of {then[0]} on {then[1]}: "
-                    "DeepSpeed's state fits its own layout alone; set them back, or delete "
-                    f"{self.job.state.uri} to train this round from its start",
-                    exit_code=5,
-                )
+            layout, earlier = (self.spec.sharding, self.workers), (meta["sharding"], meta["workers"])
+            if refused := refusal(layout, earlier):
+                raise UserError(f"{refused}, or delete {self.job.state.uri} to train this round from its start", exit_code=5)
             self.sharded.load(directory)
         self.step, self.losses, self.before = meta["step"], meta["losses"], meta["before"]
         self.resumes = [*meta["resumes"], self.step]
@@ -315,6 +309,16 @@ def retried(act: Callable[[], None], wait: float = 1.0) -> None:
                 raise
             time.sleep(wait)
             wait *= 4
+
+
+def refusal(layout: tuple[str, int], earlier: tuple[str, int]) -> str | None:
+    """Why training in `layout`, (sharding, workers), cannot go on from a checkpoint of another one; None when it can."""
+    if layout == earlier or not any(mode.startswith("zero") for mode, _ in (layout, earlier)):
+        return None
+    return (
+        f"student.sharding = {layout[0]} on {layout[1]} workers cannot go on from a checkpoint of {earlier[0]} on "
+        f"{earlier[1]}: DeepSpeed's state fits its own layout alone; set them back"
+    )
 
 
 def learning_rate(step: int, steps: int, spec: Student) -> float:
