@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher
-from undo_ray.engines.journal import finished
+from undo_ray.engines.journal import finished, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
@@ -466,6 +466,7 @@ def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engin
     out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
     tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
     out.note(tokens=tokens, gpus=engine.replicas * engine.resources.gpus)
+    out.note(engine_start_seconds=round(max((start["seconds"] for start in starts(_journal(out))), default=0.0), 3))
     if not failures:
         return
     place = out.quarantine

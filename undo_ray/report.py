@@ -34,9 +34,19 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],
         "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},
+        "engine_start_seconds": {
+            name: found["engine_start_seconds"] for name, found in figures.items() if "engine_start_seconds" in found
+        },
         "gpu_seconds": gpu_seconds,
+        "per_accepted": _per_accepted(explained, gpu_seconds["rationales"]),
         "money": money(step.run.recipe.prices, explained["tokens"], sum(gpu_seconds.values())),
     }
+
+
+def _per_accepted(explained: Json, gpu_seconds: float) -> Json:
+    """What one question with an accepted rationale cost: teacher tokens and GPU seconds; None of all where there is none."""
+    spent = {**{f"{name}_tokens": count for name, count in explained["tokens"].items()}, "gpu_seconds": gpu_seconds}
+    return {name: round(amount / explained["good"], 3) if explained["good"] else None for name, amount in spent.items()}
 
 
 def money(prices: Prices, tokens: Json, gpu_seconds: float) -> Json:

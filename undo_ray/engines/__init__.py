@@ -15,6 +15,7 @@ import os
 import pkgutil
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -121,6 +122,7 @@ class Replica:
     def __init__(self, work: Work, secret: SecretStr | None):
         import ray
 
+        begun = time.monotonic()
         self.journal = Journal(work.journal, ray.get_runtime_context().get_actor_id() or "driver")
         self.work, self.render = work, work.render()
         self.speaker: Speaker
@@ -131,6 +133,7 @@ class Replica:
         else:
             backend = pkgutil.resolve_name(BACKENDS[work.engine.kind])
             self.speaker = Local(backend(work.model(), work.engine, work.sampling), work.sampling.max_tokens)
+        self.journal.started(time.monotonic() - begun)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         jobs: list[Job] = []

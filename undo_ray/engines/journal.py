@@ -47,6 +47,12 @@ def finished(place: Place) -> int:
     return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in files)
 
 
+def starts(place: Place) -> list[Row]:
+    """{seconds, ready} of each start of a replica: how long it took, and when it was done (Unix time)."""
+    folder = place / "starts"
+    return [json.loads((folder / name).read_bytes()) for name in folder.names() if name.endswith(".json")]
+
+
 class Journal:
     """One replica's view of a stage's journal; safe to use from several threads.
 
@@ -55,7 +61,7 @@ class Journal:
     """
 
     def __init__(self, place: Place, replica: str):
-        self._done, self._flight = (place / "done").made(), (place / "flight" / replica).made()
+        self._place, self._done, self._flight = place, (place / "done").made(), (place / "flight" / replica).made()
         self._lock, self._new, self._flushed = threading.Lock(), list[Row](), time.monotonic()
         self._known = {row["key"]: row["generation"] for table in _tables(self._done) for row in table.to_pylist()}
         left = sorted(name for name in self._flight.names() if name.endswith(".json"))
@@ -69,6 +75,10 @@ class Journal:
                 "lower engine.batch_size or the memory knobs in engine.kwargs (placement keys: the same run goes on)",
                 exit_code=5,
             )
+
+    def started(self, seconds: float) -> None:
+        """Note that the replica is up."""
+        (self._place / "starts" / f"{uuid.uuid4().hex}.json").write_json({"seconds": seconds, "ready": time.time()})
 
     def take(self, key: bytes) -> Row | None:
         """The generation of this key if an earlier life finished it."""
