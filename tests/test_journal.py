@@ -93,6 +93,14 @@ def test_rows_in_flight_at_a_death_go_apart_in_ever_smaller_groups(tmp_path: Pat
     assert not Journal(place, "b").killed(keys[42]), "another replica has its own deaths"
 
 
+def test_a_row_that_was_alone_in_an_engine_killed_once_is_asked_again(tmp_path: Path) -> None:
+    place, one = Place(str(tmp_path)), key(chat(1), 0)
+    for deaths in (1, 2):
+        with pytest.raises(RuntimeError), Journal(place, "a").flight([one]):
+            raise RuntimeError("the node went away")
+        assert Journal(place, "a").killed(one) == (deaths == 2)
+
+
 def test_an_engine_that_dies_whatever_it_is_given_ends_the_stage(tmp_path: Path) -> None:
     place = Place(str(tmp_path))
     for _ in range(journal.DEATHS + 1):
@@ -199,7 +207,7 @@ def test_a_row_that_kills_its_engine_is_given_up_and_the_others_are_answered(clu
     found = {row["n"]: row["out"][0] for row in engines.generate(blocks, job).take_all()}
     assert set(found) == set(range(12))
     assert {n for n, out in found.items() if out["engine_error"] is not None} == {5}
-    assert found[5]["engine_error"] == "the engine died with this row alone in it"
+    assert found[5]["engine_error"] == "the engine died twice of this row, the last time with it alone"
 
 
 def test_a_killed_driver_leaves_what_was_finished_to_the_next(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ class Replica:
             if (known := self.journal.take(job.key)) is not None:
                 made[number] = known
             elif self.journal.killed(job.key):
-                made[number] = generation(error="the engine died with this row alone in it")
+                made[number] = generation(error="the engine died twice of this row, the last time with it alone")
         asked = [number for number in range(len(jobs)) if number not in made]
         with self.journal.turn:
             for group in self.journal.groups([jobs[number].key for number in asked]):

@@ -1,11 +1,11 @@
 """What an engine has finished, kept while its stage goes on, so that no kill makes it generate the same text twice.
 
 A folder of small Parquet files. A replica adds one every few seconds, with what it finished since the last, by key: a hash of
-the chat and the seed. Model and sampling are those of the stage, whose folder this is. A replica reads what is
-there when it starts: after the driver was killed, and after it was killed itself and Ray started it again.
+the chat and the seed. Model and sampling are those of the stage, whose folder this is. A replica reads what is there when it
+starts: after the driver was killed, and after it was killed itself and Ray started it again.
 
-Beside them lies what each replica has in flight. What lies there when it starts had killed it: those rows go apart from the
-others, in ever smaller groups, until the one that kills its engine is alone and is given up.
+Beside them lies what each replica has in flight. What lies there when it starts may have killed it: those rows go apart from
+the others, in ever smaller groups, until one that kills its engine is alone with it, and is given up.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import json
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,8 +58,7 @@ def starts(place: Place) -> list[Row]:
 class Journal:
     """One replica's view of a stage's journal; safe to use from several threads.
 
-    `replica`: a name that stays the same when Ray starts the replica again. `turn` is a lock to hold while the engine works: a
-    real one after a death, so that of two groups the guilty one is known. Raises UserError when the engine died too often.
+    `replica`: a name that stays the same when Ray starts the replica again. Raises UserError when its engine died too often.
     """
 
     def __init__(self, place: Place, replica: str):
@@ -66,8 +67,9 @@ class Journal:
         self._known = {row["key"]: row["generation"] for table in _tables(self._done) for row in table.to_pylist()}
         left = sorted(name for name in self._flight.names() if name.endswith(".json"))
         deaths = [json.loads((self._flight / name).read_bytes()) for name in left]
+        self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
-        self.turn = threading.Lock() if deaths else nullcontext()
+        self._open, self._alone = set(self._suspects), threading.Lock()
         if len(deaths) > DEATHS:
             reason = deaths[-1].get("error", "a kill")
             raise UserError(
@@ -80,14 +82,26 @@ class Journal:
         """Note that the replica is up."""
         (self._place / "starts" / f"{uuid.uuid4().hex}.json").write_json({"seconds": seconds, "ready": time.time()})
 
+    @property
+    def turn(self) -> AbstractContextManager[Any]:
+        """To be held while the engine works: while rows are suspected it goes to one caller at a time, so that the engine's
+        next death tells which of them it was."""
+        return self._alone if self._open else nullcontext()
+
     def take(self, key: bytes) -> Row | None:
         """The generation of this key if an earlier life finished it."""
         with self._lock:
-            return self._known.pop(key, None)
+            found = self._known.pop(key, None)
+            if found is not None:
+                self._open.discard(key)
+            return found
 
     def killed(self, key: bytes) -> bool:
-        """Whether this row killed its engine when it was alone in it."""
-        return self._suspects.get(key) == 1
+        """Whether its engine died twice of this row, the last time with nothing else in it."""
+        guilty = self._suspects.get(key) == 1 and self._deaths[key] > 1
+        if guilty:
+            self._open.discard(key)
+        return guilty
 
     def groups(self, keys: Sequence[bytes]) -> list[list[int]]:
         """Indices of the keys that may be in the engine together: one group, and smaller ones of what was there at a death."""
@@ -116,6 +130,7 @@ class Journal:
         """Keep a finished generation; it is on disk when another comes `FLUSH` seconds later, or at `flush`."""
         with self._lock:
             self._new.append({"key": key, "generation": generation})
+            self._open.discard(key)
             if time.monotonic() - self._flushed < FLUSH:
                 return
         self.flush()
