@@ -16,6 +16,18 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parent.parent
 
+SMALL = (
+    "data.train_limit=60",
+    "data.show=12",
+    "data.select=8",
+    "data.tests=[]",
+    "rounds=1",
+    "student.tokens=4000",
+    "teacher.engine={batch_size = 32}",
+    "student.engine={batch_size = 32}",
+)
+"""Overrides of `mini` for a whole run of one round that takes about a minute; a later override of a key counts."""
+
 
 def start(recipe: str, run_dir: Path | str, *overrides: str) -> subprocess.Popen[str]:
     """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`; `run_dir`: a path, or a URI as it is."""

@@ -8,17 +8,7 @@ from typing import Any
 import pytest
 import runs
 
-SMALL = (
-    "data.train_limit=60",
-    "data.show=12",
-    "data.select=8",
-    "data.tests=[]",
-    "rounds=1",
-    "student.tokens=6000",
-    "teacher.engine={batch_size = 16}",
-    "student.engine={batch_size = 32}",
-    "lessons.mode=latest",
-)
+SMALL = (*runs.SMALL, "student.tokens=6000", "teacher.engine={batch_size = 16}", "lessons.mode=latest")
 
 
 def by_id(run_dir: Path, stage: str, split: str = "train") -> dict[str, dict[str, Any]]:

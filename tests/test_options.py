@@ -8,24 +8,13 @@ from pathlib import Path
 import pytest
 import runs
 
-SMALL = (
-    "data.train_limit=60",
-    "data.show=12",
-    "data.select=8",
-    "data.tests=[]",
-    "rounds=1",
-    "student.tokens=4000",
-    "teacher.engine={batch_size = 32}",
-    "student.engine={batch_size = 32}",
-)
-
 
 @pytest.fixture(scope="module")
 def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with shuffled feedback, accumulated lessons, a student that goes on from the previous one, one validation set."""
     run_dir = tmp_path_factory.mktemp("shuffled") / "run"
     options = ("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true")
-    runs.run("mini", run_dir, *SMALL, *options)
+    runs.run("mini", run_dir, *runs.SMALL, *options)
     return run_dir
 
 
@@ -53,7 +42,7 @@ def test_given_lessons_make_round_0_and_feedback_none_asks_the_plain_question(sh
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     run_dir = tmp_path / "run"
     options = (f"round0=lessons:{tmp_path}/chats.jsonl", "gap.feedback=none", "lessons.mode=latest")
-    runs.run("mini", run_dir, *SMALL, *options)
+    runs.run("mini", run_dir, *runs.SMALL, *options)
     assert len(runs.rows(run_dir, "round-00/lessons")) == len(chats)
     asked = {row["split"] for row in runs.rows(run_dir, "round-00/rationales") if row["candidates"]}
     assert asked == {"show"}, "the training questions' rationales are given"
@@ -71,7 +60,7 @@ def test_a_given_student_is_measured_as_it_is_and_each_half_of_the_feedback_stan
     manifest = json.loads((shuffled / "round-01/student/manifest.json").read_text())
     student = shuffled / "round-01/student" / manifest["try"] / "model"
     run_dir = tmp_path / "run"
-    runs.run("mini", run_dir, *SMALL, f"round0=student:{student}", f"gap.feedback={feedback}")
+    runs.run("mini", run_dir, *runs.SMALL, f"round0=student:{student}", f"gap.feedback={feedback}")
     given = next(run_dir.glob("round-00/student/try-*/model/model.safetensors"))
     assert given.read_bytes() == (student / "model.safetensors").read_bytes()
     prompts = [row["candidates"][0]["prompt_tokens"] for row in runs.rows(run_dir, "round-01/rationales") if row["candidates"]]
@@ -81,6 +70,6 @@ def test_a_given_student_is_measured_as_it_is_and_each_half_of_the_feedback_stan
 
 
 def test_more_replicas_than_the_cluster_holds_are_refused_before_any_work(tmp_path: Path) -> None:
-    output = runs.run("mini", tmp_path / "run", *SMALL, "teacher.engine.replicas=999", code=5)
+    output = runs.run("mini", tmp_path / "run", *runs.SMALL, "teacher.engine.replicas=999", code=5)
     last = output.splitlines()[-1]
     assert "teacher.engine" in last and "1000 CPUs" in last and not (tmp_path / "run/problems").exists()
