@@ -12,7 +12,7 @@ import pkgutil
 import re
 from pathlib import Path
 
-from undo_ray.place import Place
+from undo_ray.place import Place, cache
 from undo_ray.types import UserError
 
 _MADE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -96,9 +96,8 @@ def _make(ref: str, seed: int) -> str:
 def _download(uri: str) -> str:
     from filelock import FileLock
 
-    cache = Path(os.environ.get("UNDO_RAY_CACHE", Path.home() / ".cache" / "undo_ray")) / "models"
-    target = cache / hashlib.sha256(uri.encode()).hexdigest()[:24]
-    cache.mkdir(parents=True, exist_ok=True)
+    target = cache() / "models" / hashlib.sha256(uri.encode()).hexdigest()[:24]
+    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / ".complete").exists():
             if not (Place(uri) / "config.json").exists():

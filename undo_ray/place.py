@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +35,11 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
                 f"{uri}: no file system for this URI ({error}); use a path, s3://, gs:// or an installed fsspec one"
             ) from None
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def cache() -> Path:
+    """Where this machine keeps what it fetched or made: $UNDO_RAY_CACHE, else `~/.cache/undo_ray`."""
+    return Path(os.environ.get("UNDO_RAY_CACHE") or Path.home() / ".cache" / "undo_ray")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from undo_ray.config import Student
+from undo_ray.place import cache
 from undo_ray.train import memory
 from undo_ray.types import UserError
 
@@ -48,8 +48,7 @@ def compile_once() -> None:
     """
     from filelock import FileLock
 
-    cache = Path(os.environ.get("UNDO_RAY_CACHE", Path.home() / ".cache" / "undo_ray"))
-    home = cache / f"extensions-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    home = cache() / f"extensions-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
     home.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(home)
     with FileLock(home / "compile.lock"):
