@@ -145,7 +145,7 @@ def killed_halfway(directory: str, chats: list[Any], scratch: Path) -> float:
                 os.kill(child.pid, signal.SIGKILL)
 
     ours(directory, chats, scratch, kill)
-    lines = [row for table in journal._tables(found[0] / "done") for row in table.to_pylist()]
+    lines = list(journal.lines(found[0]))
     total = sum(line["generation"]["completion_tokens"] for line in lines)
     once = {line["key"]: line["generation"]["completion_tokens"] for line in lines}
     return (total - sum(once.values())) / total

@@ -164,7 +164,7 @@ def test_a_killed_engine_is_replaced_and_its_finished_rows_are_not_asked_again(
             if journal.finished(place) >= 40:
                 [victim] = children("MapWorker(MapBatches(Replica)")
                 os.kill(victim.pid, signal.SIGKILL)
-                killed.append({row["key"] for table in journal._tables(place / "done") for row in table.to_pylist()})
+                killed.append({line["key"] for line in journal.lines(place)})
                 return
             time.sleep(0.02)
 
@@ -176,7 +176,7 @@ def test_a_killed_engine_is_replaced_and_its_finished_rows_are_not_asked_again(
     assert sorted(row["n"] for row in found) == list(range(96)), "each row once"
     assert all(row["out"][0]["engine_error"] is None for row in found)
     assert killed, "the engine was killed"
-    written = [row["key"] for table in journal._tables(place / "done") for row in table.to_pylist()]
+    written = [line["key"] for line in journal.lines(place)]
     assert len(written) == len(set(written)) == 96, "no row was finished twice"
     assert len(killed[0]) >= 40
 
@@ -222,7 +222,7 @@ def test_a_killed_driver_leaves_what_was_finished_to_the_next(tmp_path: Path) ->
     process.kill()
     process.communicate()
     assert not (stage / "manifest.json").exists()
-    kept = {row["key"]: row["generation"]["text"] for table in journal._tables(done / "done") for row in table.to_pylist()}
+    kept = {line["key"]: line["generation"]["text"] for line in journal.lines(done)}
     output = runs.run("mini", tmp_path / "run", *sets)
     used = re.search(r"(\d+) generations of an earlier start are used as they are", output)
     assert used and int(used[1]) >= len(kept), "an engine may have finished more before it saw that its driver was gone"

@@ -194,7 +194,9 @@ class Local:
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
         """See `Speaker`."""
         with self.tokenizing:
-            prompts = [prompt_ids(self.backend.tokenizer, chat) for chat in chats]
+            once = {id(chat): chat for chat in chats}  # the samples of a row have one chat
+            ids = {name: prompt_ids(self.backend.tokenizer, chat) for name, chat in once.items()}
+        prompts = [ids[id(chat)] for chat in chats]
         fitting = []
         for index, prompt in enumerate(prompts):
             if len(prompt) + self.longest <= self.backend.context:

@@ -45,14 +45,23 @@ def key(chat: Sequence[Message], seed: int) -> bytes:
 
 def finished(place: Place) -> int:
     """Generations in a journal."""
-    files = [place / "done" / name for name in (place / "done").names() if name.endswith(".parquet")]
-    return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in files)
+    return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in _files(place, "done", ".parquet"))
+
+
+def lines(place: Place) -> Iterator[Row]:
+    """{key, generation} of each of them."""
+    for file in _files(place, "done", ".parquet"):
+        yield from pq.read_table(file.path, filesystem=file.fs).to_pylist()
 
 
 def starts(place: Place) -> list[Row]:
     """{seconds, ready} of each start of a replica: how long it took, and when it was done (Unix time)."""
-    folder = place / "starts"
-    return [json.loads((folder / name).read_bytes()) for name in folder.names() if name.endswith(".json")]
+    return [json.loads(file.read_bytes()) for file in _files(place, "starts", ".json")]
+
+
+def _files(place: Place, folder: str, ending: str) -> list[Place]:
+    """The whole files of a folder, in the order of their names; what a kill cut off has another ending."""
+    return [place / folder / name for name in sorted((place / folder).names()) if name.endswith(ending)]
 
 
 class Journal:
@@ -64,9 +73,8 @@ class Journal:
     def __init__(self, place: Place, replica: str):
         self._place, self._done, self._flight = place, (place / "done").made(), (place / "flight" / replica).made()
         self._lock, self._new, self._flushed = threading.Lock(), list[Row](), time.monotonic()
-        self._known = {row["key"]: row["generation"] for table in _tables(self._done) for row in table.to_pylist()}
-        left = sorted(name for name in self._flight.names() if name.endswith(".json"))
-        deaths = [json.loads((self._flight / name).read_bytes()) for name in left]
+        self._known = {line["key"]: line["generation"] for line in lines(place)}
+        deaths = [json.loads(file.read_bytes()) for file in _files(place, f"flight/{replica}", ".json")]
         self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
         self._open, self._alone = set(self._suspects), threading.Lock()
@@ -138,14 +146,8 @@ class Journal:
     def flush(self) -> None:
         """Write what is not on disk yet."""
         with self._lock:
-            lines, self._new, self._flushed = self._new, [], time.monotonic()
-        if lines:
+            new, self._new, self._flushed = self._new, [], time.monotonic()
+        if new:
             sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist(lines, schema=LINES), sink)
+            pq.write_table(pa.Table.from_pylist(new, schema=LINES), sink)
             (self._done / f"{uuid.uuid4().hex}.parquet").write_bytes(sink.getvalue().to_pybytes())
-
-
-def _tables(place: Place) -> Iterator[pa.Table]:
-    for name in place.names():
-        if name.endswith(".parquet"):
-            yield pq.read_table((place / name).path, filesystem=place.fs)
