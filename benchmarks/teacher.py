@@ -110,6 +110,7 @@ def ours(directory: str, chats: list[Any], scratch: Path, while_it_runs: Callabl
 
     kept = Place(str(place / "journal"))
     work = engines.Work(
+        "teacher",
         Engine(kind="vllm", context=2048, batch_size=64),
         partial(str, directory),
         Sampling(max_tokens=TOKENS),
@@ -122,7 +123,7 @@ def ours(directory: str, chats: list[Any], scratch: Path, while_it_runs: Callabl
     if watcher:
         watcher.start()
     blocks = ray.data.read_parquet(str(place / "rows.parquet")).repartition(target_num_rows_per_block=64)
-    answered = engines.generate(blocks, work).map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
+    answered = engines.generate(blocks, work, {}).map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
     answered.write_parquet(str(place / "out"))
     end = time.time()
     if watcher:

@@ -311,8 +311,10 @@ def test_the_pool_keeps_rows_and_order_and_its_batches_overlap(cluster: None, se
     rows = ray.data.from_arrow(pa.table({"question": names})).repartition(target_num_rows_per_block=4)
     made = engine(server.server_port, timeout=2.0, concurrency=8).model_copy(update={"batch_size": 4})
     sampling = Sampling(max_tokens=8)
-    work = engines.Work(made, partial(str, "tiny"), sampling, lambda: question, "out", lambda row: [1, 2], Place(str(tmp_path)))  # type: ignore[arg-type, return-value]
-    found = engines.generate(rows, work).take_all()
+    work = engines.Work(
+        "teacher", made, partial(str, "tiny"), sampling, lambda: question, "out", lambda row: [1, 2], Place(str(tmp_path))
+    )  # type: ignore[arg-type, return-value]
+    found = engines.generate(rows, work, {}).take_all()
     assert [row["question"] for row in found] == names
     assert [[sample["text"] for sample in row["out"]] for row in found] == [
         [] if name == "pass" else [f"{name} 1", f"{name} 2"] for name in names

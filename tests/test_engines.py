@@ -89,14 +89,15 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(llama: str) -> None:
     assert first == again != other
 
 
-@pytest.mark.parametrize("name", ["teacher", "student"])
-def test_vllm_writes_what_transformers_writes_for_the_models_of_the_miniature_world(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_writes_what_transformers_writes_and_does_so_with_other_weights(tied: bool, tmp_path: Path) -> None:
+    """With tied embeddings vLLM's CPU build would keep the old head: there only a new process can have the new weights."""
     pytest.importorskip("vllm")
     import json
     import subprocess
     import sys
 
-    directory = {"teacher": mini.teacher, "student": mini.student}[name](0)
+    directory = tiny.make(tmp_path / "tied", "qwen2", [SHARED], seed=5) if tied else mini.teacher(0)
     texts = ["sam has 66 cups and finds 49 more. how many cups are there in all?", "what is the tens digit of 48?"]
     texts += ["ben counts 7 shells, leo counts 8 and zoe counts 6. how many shells are the most?"]
     prompts = chats(directory, texts)
@@ -108,12 +109,34 @@ def test_vllm_writes_what_transformers_writes_for_the_models_of_the_miniature_wo
         "backend = VLLM(sys.argv[1], Engine(kind='vllm'), Sampling(max_tokens=24))\n"
         "done = dict(backend.complete(json.loads(sys.argv[2]), [0] * 3))\n"
         "print('TOKENS', json.dumps([done[index].token_ids for index in range(3)]))\n"
+        "loaded = backend.load(sys.argv[3])\n"
+        "done = dict(backend.complete(json.loads(sys.argv[2]), [0] * 3))\n"
+        "print('RELOADED', json.dumps([loaded, [done[index].token_ids for index in range(3)]]))\n"
     )
-    command = [sys.executable, "-c", script, directory, json.dumps(prompts)]
+    other = _with_other_weights(directory, tmp_path / "other")
+    command = [sys.executable, "-c", script, directory, json.dumps(prompts), other]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
-    line = next((line for line in run.stdout.splitlines() if line.startswith("TOKENS")), None)
-    assert line is not None, run.stderr[-3000:]
-    assert json.loads(line.removeprefix("TOKENS")) == reference(directory, prompts, 24)
+    found = dict(line.split(" ", 1) for line in run.stdout.splitlines() if line.startswith(("TOKENS", "RELOADED")))
+    assert set(found) == {"TOKENS", "RELOADED"}, run.stderr[-3000:]
+    assert json.loads(found["TOKENS"]) == reference(directory, prompts, 24)
+    loaded, tokens = json.loads(found["RELOADED"])
+    assert loaded is not tied
+    assert tokens == reference(directory if tied else other, prompts, 24)
+
+
+def _with_other_weights(directory: str, target: Path) -> str:
+    """A copy of a model, every weight of it changed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std().clamp(min=0.02))
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(target)
+    return str(target)
 
 
 def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(
@@ -127,6 +150,7 @@ def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(
     questions = ["What is 1 + 1?", "pass", "too long " * 400, "What is 2 + 2?"]
     rows = ray.data.from_arrow(pa.table({"id": list("abcd"), "question": questions}))
     work = engines.Work(
+        name="teacher",
         engine=Engine(context=256, batch_size=3),
         model=partial(str, llama),
         sampling=Sampling(temperature=1.0, max_tokens=8),
@@ -135,7 +159,7 @@ def test_the_pool_answers_each_row_and_a_row_it_cannot_answer_keeps_its_place(
         seeds=lambda row: [1, 2],
         journal=Place(str(tmp_path)),
     )
-    answered = engines.generate(rows, work)
+    answered = engines.generate(rows, work, {})
     by_id = {row["id"]: row["out"] for row in answered.take_all()}
     assert [len(by_id[id]) for id in "abcd"] == [2, 0, 2, 2]
     assert all("leaves no room" in sample["engine_error"] and sample["text"] is None for sample in by_id["c"])

@@ -19,7 +19,7 @@ import tiny
 
 from undo_ray import engines
 from undo_ray.config import Engine, Sampling
-from undo_ray.engines import journal
+from undo_ray.engines import journal, kept
 from undo_ray.engines.journal import Journal, key
 from undo_ray.place import Place
 from undo_ray.types import UserError
@@ -117,6 +117,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def work(model: str, place: Path, kind: str, render: Any, max_tokens: int) -> engines.Work:
     return engines.Work(
+        name="teacher",
         engine=Engine(kind=kind, context=512, batch_size=4 if kind == "transformers" else 16),
         model=partial(str, model),
         sampling=Sampling(temperature=1.0, max_tokens=max_tokens),
@@ -171,7 +172,7 @@ def test_a_killed_engine_is_replaced_and_its_finished_rows_are_not_asked_again(
     thread = threading.Thread(target=kill)
     thread.start()
     blocks = ray.data.from_items(rows, override_num_blocks=6)
-    found = engines.generate(blocks, work(model, tmp_path / "journal", "vllm", asker(), 64)).take_all()
+    found = engines.generate(blocks, work(model, tmp_path / "journal", "vllm", asker(), 64), {}).take_all()
     thread.join()
     assert sorted(row["n"] for row in found) == list(range(96)), "each row once"
     assert all(row["out"][0]["engine_error"] is None for row in found)
@@ -181,7 +182,10 @@ def test_a_killed_engine_is_replaced_and_its_finished_rows_are_not_asked_again(
     assert len(killed[0]) >= 40
 
 
-def test_a_row_that_kills_its_engine_is_given_up_and_the_others_are_answered(cluster: None, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lifetime", ["stage", "run"])
+def test_a_row_that_kills_its_engine_is_given_up_and_the_others_are_answered(
+    cluster: None, model: str, tmp_path: Path, lifetime: str
+) -> None:
     import ray.data
     from transformers import AutoTokenizer
 
@@ -203,8 +207,11 @@ def test_a_row_that_kills_its_engine_is_given_up_and_the_others_are_answered(clu
         return model
 
     blocks = ray.data.from_items([{"n": n} for n in range(12)], override_num_blocks=3)
-    job = dataclasses.replace(work(model, tmp_path / "journal", "transformers", asker(), 4), model=dies_of_it)
-    found = {row["n"]: row["out"][0] for row in engines.generate(blocks, job).take_all()}
+    job, held = work(model, tmp_path / "journal", "transformers", asker(), 4), kept.Held()
+    engine = job.engine.model_copy(update={"lifetime": lifetime})
+    job = dataclasses.replace(job, model=dies_of_it, engine=engine)
+    found = {row["n"]: row["out"][0] for row in engines.generate(blocks, job, held).take_all()}
+    kept.release(held)
     assert set(found) == set(range(12))
     assert {n for n, out in found.items() if out["engine_error"] is not None} == {5}
     assert found[5]["engine_error"] == "the engine died twice of this row, the last time with it alone"

@@ -79,6 +79,8 @@ class Sampling(_Section):
     """nucleus sampling mass"""
     max_tokens: PositiveInt = 512
     """longest answer, tokens; longer output counts as `truncated`"""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    """texts that end an answer, beside the model's own end; they are no part of it"""
 
 
 class Placement(_Section):
@@ -99,6 +101,8 @@ class Endpoint(_Section):
     """environment variable of the driver that holds the key; empty for a server that takes none"""
     concurrency: int = Field(64, ge=1, le=1000)
     """requests in flight"""
+    send_seed: bool = True
+    """send each sample's seed; false for a server that refuses the field"""
     requests_per_minute: PositiveInt | None = None
     """requests sent per minute, retries included"""
     timeout: float = Field(600.0, gt=0)
@@ -127,16 +131,26 @@ class Engine(_Section):
     """weights and activations"""
     replicas: Placed[PositiveInt] = 1
     """engines in the pool"""
+    min_replicas: Placed[PositiveInt | None] = None
+    """engines a stage begins with, and goes back to when idle; the pool grows to `replicas` as there is room; default: all"""
     tensor_parallel: Placed[PositiveInt] = 1
-    """GPUs (vLLM workers) per replica"""
+    """GPUs (vLLM workers) a layer of a replica is split over"""
+    pipeline_parallel: Placed[PositiveInt] = 1
+    """groups of layers of a replica, each on GPUs of its own"""
     batch_size: Placed[PositiveInt] = 64
     """rows handed to a replica at a time"""
     context: PositiveInt | None = None
     """longest prompt plus answer, tokens; default: the model's own"""
+    chat_template_kwargs: dict[str, Any] = {}
+    """variables of the model's chat template, as `{enable_thinking = false}`"""
     kwargs: dict[str, Any] = {}
     """further arguments of `vllm.LLM` (the memory knobs among them are placement), or fields of each request to an endpoint"""
     resources: Placed[Placement] = Placement()
     """per replica"""
+    lifetime: Placed[Literal["stage", "run"]] = "stage"
+    """engines start anew for every stage and leave their GPUs to the next, or stay up for the run on resources of their own"""
+    start_seconds: Placed[float] = Field(1800.0, gt=0)
+    """for an engine to come up, fetching the model apart; then it is started once more, and then the stage ends"""
     stall_seconds: Placed[float] = Field(600.0, gt=0)
     """without an engine step after which a vLLM replica counts as hung and is replaced"""
     max_errors: Placed[float] = Field(0.05, ge=0, le=1)
@@ -149,16 +163,22 @@ class Engine(_Section):
 
     @model_validator(mode="after")
     def _what_the_kind_takes(self) -> Engine:
-        if self.kind == "transformers" and (self.kwargs or self.tensor_parallel > 1):
-            raise ValueError('kwargs and tensor_parallel are for kind = "vllm"; remove them or change kind')
-        if self.remote and (self.replicas > 1 or self.tensor_parallel > 1 or self.resources.gpus):
+        parts = self.tensor_parallel * self.pipeline_parallel
+        if self.kind == "transformers" and (self.kwargs or parts > 1):
+            raise ValueError('kwargs, tensor_parallel and pipeline_parallel are for kind = "vllm"; remove them or change kind')
+        if self.remote and (self.replicas > 1 or parts > 1 or self.resources.gpus or self.lifetime == "run"):
             raise ValueError(
-                'kind = "openai" is one client without GPUs: leave out replicas, tensor_parallel and resources.gpus, and set '
-                "endpoint.concurrency"
+                'kind = "openai" is one client without GPUs: leave out replicas, tensor_parallel, pipeline_parallel, lifetime '
+                "and resources.gpus, and set endpoint.concurrency"
             )
-        if self.tensor_parallel > 1 and self.resources.gpus < self.tensor_parallel:
+        if parts > 1 and self.resources.gpus < parts:
             raise ValueError(
-                f"tensor_parallel = {self.tensor_parallel} needs as many resources.gpus, not {self.resources.gpus:g}"
+                f"tensor_parallel x pipeline_parallel = {parts} needs as many resources.gpus, not {self.resources.gpus:g}"
+            )
+        if self.min_replicas is not None and (self.min_replicas > self.replicas or self.lifetime == "run"):
+            raise ValueError(
+                f"min_replicas = {self.min_replicas} is for a pool that grows to replicas = {self.replicas} within a stage; "
+                'lower it, or remove it where lifetime = "run"'
             )
         return self
 
@@ -191,6 +211,8 @@ class Teacher(_Section):
     """pass rate over student.samples attempts below which a question counts as unstable"""
     hints: Literal["off", "answer", "solution", "cascade"] = "off"
     """what of the gold is shown where no sample was accepted: nothing, answer, solution, or one after the other; marked"""
+    cache: Placed[bool | str] = False
+    """reuse what a teacher like this one gave to the same prompt and seed in other runs: true: kept beside the run; or a folder"""
     sampling: Sampling = Sampling()
     """of rationales"""
     engine: TeacherEngine = TeacherEngine()

@@ -82,10 +82,11 @@ Tally = Counter[tuple[str, str, str]]
 """Counts under (split, subject, what was counted); adds up over the parts of a set. See `tally`."""
 
 
-def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
+def tally(rows: Iterable[Row], column: str = "attempt", prefix: int = 0) -> Tally:
     """Count what a stage made in `column` of its rows, `attempt` or `candidates`.
 
-    Per text: `generations`, `broken` (the engine failed) and its three token counts. Per candidate, and per question's first
+    Per text: `generations`, `broken` (the engine failed), its three token counts, and `prefix_tokens`, how many of the first
+    `prefix` tokens of its prompt came from a cache. Per candidate, and per question's first
     attempt: `n`, `correct`, `unparsed`, the verdict's reason, `refused REASON`, `hinted HINT`, `accepted HINT`. Per row:
     `good`, `asked` (it has a text), `failed` (the engine failed on one of them).
     """
@@ -96,6 +97,7 @@ def tally(rows: Iterable[Row], column: str = "attempt") -> Tally:
         for number, text in enumerate(texts):
             verdict = text["verdict"]
             found.update({name: text[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")})
+            found.update(prefix_tokens=min(text["cached_tokens"], prefix))
             found.update(generations=1, broken=verdict["reason"] == ENGINE_ERROR)
             if column == "attempt" and number:
                 continue  # a score rests on one attempt a question: its interval is for independent ones

@@ -8,6 +8,7 @@ quarantine. Figures are counted on the written rows, part by part, so that the d
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -20,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
-from undo_ray.config import Engine, Grading, Recipe, Student, Teacher
-from undo_ray.engines.journal import finished, starts
+from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
+from undo_ray.engines.journal import finished, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
@@ -94,11 +95,24 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
     close = partial(_closed, k=k, keep=recipe.gap.history, select=recipe.lessons.select)
     files = out.write(rows.union(*parts).map_batches(close, batch_format="pyarrow"))
     (out.place / "waves").remove()
-    totals = gap.total(_counted(files, out, spec.engine, "teacher"))
+    prefix = _prefix(recipe, _Explain(shown_ref, None, spec.template, feedback, None))
+    totals = gap.total(_counted(files, out, spec.engine, "teacher", prefix or 0))
+    possible = (prefix or 0) * (totals["generations"] - totals["broken"])
+    out.note(prefix={"tokens": prefix, "cached": round(totals["prefix_tokens"] / possible, 4) if possible else None})
+    if cache := _cache(out, recipe, "teacher"):
+        _shared(cache, out)
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
     hints = [hint for _, hint in waves if hint]
     hinted = {hint: {"asked": totals[f"hinted {hint}"], "accepted": totals[f"accepted {hint}"]} for hint in hints}
     out.note(asked=totals["asked"], hinted=hinted, shown=len(cases), refused=refused)
+
+
+def _shared(cache: Place, out: Stage) -> None:
+    """Put what the stage's engines made into the cache; what they took from there counts as reused, and not as made."""
+    reused = share(_journal(out), cache)
+    free = {name: sum(generation[f"{name}_tokens"] for generation in reused) for name in out.figures["tokens"]}
+    tokens = {name: count - free[name] for name, count in out.figures["tokens"].items()}
+    out.note(tokens=tokens, reused={"generations": len(reused), **free})
 
 
 def _asked(row: Row, k: int, recipe: Recipe) -> bool:
@@ -171,6 +185,23 @@ def _counter(recipe: Recipe) -> tuple[Callable[[str], float], int | None]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     context = spec.engine.context or AutoConfig.from_pretrained(directory).max_position_embeddings
     return lambda text: len(tokenizer(text)["input_ids"]), context
+
+
+def _prefix(recipe: Recipe, render: engines.Render) -> int | None:
+    """Tokens with which all prompts of a round begin, up to the question; None behind an endpoint.
+
+    That is what the prompts of two questions share that differ from the first letter on.
+    """
+    spec = recipe.teacher
+    if spec.engine.remote:
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.local(spec.model, recipe.seed))
+    task = tasks.parse_source(recipe.data.train, TRAIN)[0].reference
+    rows = [{"id": "", "task": task, "question": text, "choices": None, "history": None} for text in ("A", "7")]
+    first, other = (engines.prompt_ids(tokenizer, render(row) or [], **spec.engine.chat_template_kwargs) for row in rows)
+    return len(os.path.commonprefix([first, other]))
 
 
 class _Explain:
@@ -368,6 +399,18 @@ def _journal(out: Stage) -> Place:
     return out.resume / "generations"
 
 
+def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
+    """Where generations of the teacher are shared between runs: a folder for each that answers alike."""
+    spec = recipe.teacher
+    if role != "teacher" or spec.cache is False:
+        return None
+    run = out.ledger.place.uri.rstrip("/")
+    folder = Place(os.path.join(os.path.dirname(run), ".generations") if spec.cache is True else str(spec.cache))
+    alike = ("teacher.sampling.", "teacher.engine.", "weights of teacher.model")
+    known = {key: value for key, value in out.ledger.identity.items() if key.startswith(alike)}
+    return folder / digest([known, [spec.model, spec.engine.endpoint.base_url] if spec.engine.remote else None])
+
+
 def _resumed(out: Stage) -> None:
     """Note and say what an earlier start of this stage left in the journal."""
     known = finished(_journal(out))
@@ -392,8 +435,10 @@ def _answered(
     column, well = ROLES[role]
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(str, model) if spec.engine.remote else partial(models.local, model, recipe.seed)
-    work = engines.Work(spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out))
-    answered = engines.generate(blocks, work)
+    work = engines.Work(
+        role, spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out), _cache(out, recipe, role)
+    )
+    answered = engines.generate(blocks, work, out.ledger.engines)
     grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
     return answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
 
@@ -443,21 +488,21 @@ def _judge(
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
-def _counted(files: list[Place], out: Stage, engine: Engine, role: str) -> gap.Tally:
-    """The tally of what a stage wrote, its figures noted."""
+def _counted(files: list[Place], out: Stage, engine: Engine, role: str, prefix: int = 0) -> gap.Tally:
+    """The tally of what a stage wrote, its figures noted. `prefix`: see `gap.tally`."""
     import ray
 
     count = ray.remote(_count).options(num_cpus=0.5)
-    counts = sum(ray.get([count.remote(file, ROLES[role][0]) for file in files]), gap.Tally())
+    counts = sum(ray.get([count.remote(file, ROLES[role][0], prefix) for file in files]), gap.Tally())
     _figures(gap.total(counts), files, out, engine, role)
     return counts
 
 
-def _count(file: Place, column: str) -> gap.Tally:
+def _count(file: Place, column: str, prefix: int) -> gap.Tally:
     """The tally of one file of a stage."""
     columns = ["split", "subject", column, "resampled"]
     batches = pq.ParquetFile(file.path, filesystem=file.fs).iter_batches(1024, columns=columns)
-    return sum((gap.tally(batch.to_pylist(), column) for batch in batches), gap.Tally())
+    return sum((gap.tally(batch.to_pylist(), column, prefix) for batch in batches), gap.Tally())
 
 
 def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engine, role: str) -> None:
@@ -465,8 +510,9 @@ def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engin
     failures, failed = totals["broken"], totals["failed"]
     out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
     tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
-    out.note(tokens=tokens, gpus=engine.replicas * engine.resources.gpus)
-    out.note(engine_start_seconds=round(max((start["seconds"] for start in starts(_journal(out))), default=0.0), 3))
+    begun = starts(_journal(out))
+    out.note(tokens=tokens, gpus=min(engine.replicas, len(begun)) * engine.resources.gpus)  # a pool may not have grown to all
+    out.note(engine_start_seconds=round(max((start["seconds"] for start in begun), default=0.0), 3))
     if not failures:
         return
     place = out.quarantine

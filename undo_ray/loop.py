@@ -15,6 +15,7 @@ import ray.data
 
 from undo_ray import engines, gap, models, problems, report
 from undo_ray.config import Placement, Recipe, identity
+from undo_ray.engines.kept import RELAY_CPUS, release
 from undo_ray.gap import Gap
 from undo_ray.generate import attempt, explain, measure, test
 from undo_ray.lessons import accept
@@ -104,13 +105,14 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         progress.connect()
         try:
             records = undo(recipe, held)
+            return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
         except UserError as error:
             if error.exit_code == 3 and (records := held.records()):
                 finish(recipe, held, records, "no_lessons")
             raise
         finally:
             progress.tracker.close()
-        return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
+            release(held.engines)
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -150,7 +152,8 @@ def start_ray(verbose: bool) -> None:
     context.use_datasource_v2 = False  # Ray 2.60: it costs each stage 5 s more on two cores than the first reader
     context.execution_options.preserve_order = True  # a stage that is run again makes the same batches
     for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(level)
+        # What fails there raises here as well: else its traceback comes twice, before the one line that matters.
+        logging.getLogger(name).setLevel(level if verbose else logging.CRITICAL)
 
 
 @contextmanager
@@ -173,17 +176,24 @@ def _held_back() -> Iterator[None]:
 
 def check_placement(recipe: Recipe) -> None:
     """Raises UserError (exit code 5) when the cluster cannot hold what the recipe asks for at a time."""
-    have, student = ray.cluster_resources(), recipe.student
-    asked: list[tuple[str, int, Placement, int]] = [  # key, how many, each, CPUs beside them
-        ("teacher.engine", recipe.teacher.engine.replicas, recipe.teacher.engine.resources, 1),
-        ("student.engine", student.engine.replicas, student.engine.resources, 1),
-        ("student.workers", student.workers, student.resources, 0),
+    have, teacher, student = ray.cluster_resources(), recipe.teacher.engine, recipe.student.engine
+    pools = {"teacher.engine": teacher, "student.engine": student}
+    kept = {key: engine for key, engine in pools.items() if engine.lifetime == "run"}
+    asked: list[tuple[str, int, Placement, float]] = [  # key, how many, each, CPUs beside them
+        *((key, engine.min_replicas or engine.replicas, engine.resources, 1) for key, engine in pools.items()),
+        ("student.workers", recipe.student.workers, recipe.student.resources, 0),
     ]
     for key, count, each, beside in asked:
-        for kind, wanted in (("CPU", count * each.cpus + beside), ("GPU", count * each.gpus)):
+        held = [(engine.replicas, engine.resources) for other, engine in kept.items() if other != key]
+        beside += RELAY_CPUS * count if key in kept else 0
+        beside_it = f', beside {" and ".join(other for other in kept if other != key)} (lifetime = "run")' if held else ""
+        for kind, wanted in (
+            ("CPU", beside + sum(n * one.cpus for n, one in [(count, each), *held])),
+            ("GPU", sum(n * one.gpus for n, one in [(count, each), *held])),
+        ):
             if wanted > have.get(kind, 0):
                 raise UserError(
-                    f"{key}: needs {wanted:g} {kind}s at a time, the cluster has {have.get(kind, 0):g}; lower replicas, "
-                    "workers or resources in the recipe, or run on a larger cluster",
+                    f"{key}: needs {wanted:g} {kind}s at a time{beside_it}, the cluster has {have.get(kind, 0):g}; lower "
+                    "replicas, workers or resources in the recipe, or run on a larger cluster",
                     exit_code=5,
                 )

@@ -31,6 +31,7 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "rationales": explained["generations"],
         **{name: explained[name] for name in ("asked", "hinted", "refused", "shown")},
         "teacher_tokens": explained["tokens"],
+        "prefix": explained["prefix"],
         "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],
         "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},

@@ -127,6 +127,10 @@ class Run:
     lease: Lease
     progress: Progress
     resumes: int
+    identity: Json
+    """What the results depend on: the recipe's identity and the fingerprints of its models."""
+    engines: dict[str, list[Any]] = field(default_factory=dict)
+    """What this driver's engines leave running from stage to stage."""
 
     def round(self, k: int) -> Step:
         return Step(self, self.place / f"round-{k:02d}", k)
@@ -280,7 +284,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
             raise unusable(f"{uri}: not empty and not a run directory; give another --run-dir")
         known |= {"recipe": recipe.model_dump(mode="json"), "identity": wanted, "starts": [*known["starts"], start]}
         path.write_json({**known, "versions": _versions(), "git": _git_revision()})
-        yield Run(place, recipe, lease, progress, resumes=len(known["starts"]) - 1)
+        yield Run(place, recipe, lease, progress, len(known["starts"]) - 1, wanted)
     finally:
         lease.release()
 

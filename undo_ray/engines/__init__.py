@@ -2,7 +2,8 @@
 
 `generate(rows, …)` adds one column of generations (`list<types.GENERATION>`) to a dataset. Every engine is an actor pool of
 `Replica`s that `answer` chats. `transformers` and `vllm` are a `Local` model, where they differ in `complete`, from token ids
-to token ids; `openai` is an endpoint, which takes the chats as they are.
+to token ids; `openai` is an endpoint, which takes the chats as they are. A local model lives as long as the pool, or is kept
+from stage to stage (kept.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import logging
 import math
 import os
 import pkgutil
+import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,6 +26,7 @@ import pyarrow as pa
 from pydantic import SecretStr
 
 from undo_ray.config import Engine, Sampling, TeacherEngine
+from undo_ray.engines import kept
 from undo_ray.engines.journal import Journal, key
 from undo_ray.place import Place
 from undo_ray.types import GENERATION, Message, Row, UserError
@@ -46,6 +49,10 @@ class Speaker(Protocol):
 
         Raises UserError for what no replica could mend; after any other error the replica is replaced.
         """
+        ...
+
+    def end(self) -> None:
+        """Called when it broke, before the replica's process ends."""
         ...
 
 
@@ -72,11 +79,20 @@ class Backend(Protocol):
         """
         ...
 
+    def load(self, directory: str) -> bool:
+        """Get ready for a stage with the model of this directory; False where only a new process can have it.
+
+        Called with nothing in flight.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Work:
     """What a pool is asked to do. `model` and `render` are called once in each replica."""
 
+    name: str
+    """Of the engines: those that are kept are found by it."""
     engine: Engine
     model: Callable[[], str]
     """Gives a directory on the replica's node, or an endpoint's name for its model."""
@@ -87,25 +103,34 @@ class Work:
     """Of a row: one for each sample."""
     journal: Place
     """A folder that lasts as long as the stage is not done: what is finished (see journal.py)."""
+    cache: Place | None = None
+    """A folder that outlives runs: what engines like this one gave elsewhere to the same chat and seed is taken from there."""
 
 
-def generate(rows: Dataset, work: Work) -> Dataset:
-    """Add `work.column` to the rows: one generation per seed of the row, [] where `render` gives no chat."""
+def generate(rows: Dataset, work: Work, held: kept.Held) -> Dataset:
+    """Add `work.column` to the rows: one generation per seed of the row, [] where `render` gives no chat.
+
+    `held`: the engines this driver keeps; what the work wants kept and is not there is put there.
+    """
     import ray.data
 
-    engine = work.engine
+    engine, resources = work.engine, work.engine.resources
+    hosts = kept.hosts(held, work.name, engine, work.sampling, calls(engine)) if engine.lifetime == "run" else []
     pool = ray.data.ActorPoolStrategy(
-        size=engine.replicas, max_concurrent_calls_per_actor=calls(engine), enable_true_multi_threading=calls(engine) > 1
+        min_size=engine.min_replicas or engine.replicas,
+        max_size=engine.replicas,
+        max_concurrent_calls_per_actor=calls(engine),
+        enable_true_multi_threading=calls(engine) > 1,
     )
     return rows.map_batches(
         Replica,
-        fn_constructor_args=(work, secret(engine)),
+        fn_constructor_args=(work, hosts, secret(engine)),
         batch_format="pyarrow",
         batch_size=engine.batch_size,
         zero_copy_batch=True,
         compute=pool,
-        num_cpus=engine.resources.cpus,
-        num_gpus=engine.resources.gpus or None,
+        num_cpus=kept.RELAY_CPUS if hosts else resources.cpus,
+        num_gpus=None if hosts else resources.gpus or None,
     )
 
 
@@ -119,20 +144,28 @@ def calls(engine: Engine) -> int:
 class Replica:
     """One engine in the pool: rows to chats, chats through the engine, generations beside the rows."""
 
-    def __init__(self, work: Work, secret: SecretStr | None):
+    def __init__(self, work: Work, hosts: Sequence[Any], secret: SecretStr | None):
         import ray
 
-        begun = time.monotonic()
-        self.journal = Journal(work.journal, ray.get_runtime_context().get_actor_id() or "driver")
+        begun, name = time.monotonic(), ray.get_runtime_context().get_actor_id() or "driver"
+        self.journal = Journal(work.journal, name, work.cache)
         self.work, self.render = work, work.render()
         self.speaker: Speaker
-        if isinstance(work.engine, TeacherEngine) and work.engine.remote:
-            from undo_ray.engines.openai import OpenAI
+        try:
+            if isinstance(work.engine, TeacherEngine) and work.engine.remote:
+                from undo_ray.engines.openai import OpenAI
 
-            self.speaker = OpenAI(work.model(), work.engine, work.sampling, secret)
-        else:
-            backend = pkgutil.resolve_name(BACKENDS[work.engine.kind])
-            self.speaker = Local(backend(work.model(), work.engine, work.sampling), work.sampling.max_tokens)
+                self.speaker = OpenAI(work.model(), work.engine, work.sampling, secret)
+            elif hosts:
+                self.speaker = kept.Kept(hosts, work.journal.uri, name, work.model)
+            else:
+                self.speaker = local(work.model, work.engine, work.sampling)
+        except UserError:
+            raise
+        except Exception as error:  # the memory of an engine that just ended may not be free yet: once more, in a new process
+            self.journal.failed(error, work.name)
+            logging.getLogger(__name__).exception("the engine did not start")
+            os._exit(1)
         self.journal.started(time.monotonic() - begun)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -152,6 +185,7 @@ class Replica:
                 numbers = [asked[index] for index in group]
                 for index, found in self._ask([jobs[number] for number in numbers]):
                     made[numbers[index]] = found
+        self.journal.flush()
         out: list[list[Row]] = [[] for _ in range(table.num_rows)]
         for number, job in enumerate(jobs):
             out[job.row].append(made[number])
@@ -171,6 +205,7 @@ class Replica:
         except Exception:  # the engine is broken: Ray starts the replica again, which finds what was in flight
             logging.getLogger(__name__).exception("the engine broke")
             self.journal.flush()
+            self.speaker.end()
             os._exit(1)
         self.journal.flush()
 
@@ -184,18 +219,46 @@ class Job(NamedTuple):
     key: bytes
 
 
+def local(model: Callable[[], str], engine: Engine, sampling: Sampling) -> Local:
+    """An engine in this process, with the model that `model()` gives the directory of.
+
+    Raises TimeoutError when it is not up after `engine.start_seconds`, fetching the model apart; what is building it goes on
+    until the process ends.
+    """
+    directory, done = model(), queue.SimpleQueue[Any]()
+
+    def build() -> None:
+        try:
+            done.put(pkgutil.resolve_name(BACKENDS[engine.kind])(directory, engine, sampling))
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=build, daemon=True).start()
+    try:
+        backend = done.get(timeout=engine.start_seconds)
+    except queue.Empty:
+        raise TimeoutError(f"not up after {engine.start_seconds:g} s (engine.start_seconds)") from None
+    if isinstance(backend, BaseException):
+        raise backend
+    return Local(backend, sampling, engine.chat_template_kwargs)
+
+
 class Local:
     """A model in this process: chats to token ids, all that fit through the backend at once, token ids to text."""
 
-    def __init__(self, backend: Backend, longest: int):
-        """`longest`: tokens an answer may have."""
-        self.backend, self.longest, self.tokenizing = backend, longest, threading.Lock()
+    def __init__(self, backend: Backend, sampling: Sampling, template: Mapping[str, Any]):
+        """`template`: variables of the chat template."""
+        self.backend, self.longest, self.stops = backend, sampling.max_tokens, sampling.stop
+        self.template, self.tokenizing = template, threading.Lock()
+
+    def end(self) -> None:
+        """See `Speaker`: it ends with this process."""
 
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
         """See `Speaker`."""
         with self.tokenizing:
             once = {id(chat): chat for chat in chats}  # the samples of a row have one chat
-            ids = {name: prompt_ids(self.backend.tokenizer, chat) for name, chat in once.items()}
+            ids = {name: prompt_ids(self.backend.tokenizer, chat, **self.template) for name, chat in once.items()}
         prompts = [ids[id(chat)] for chat in chats]
         fitting = []
         for index, prompt in enumerate(prompts):
@@ -214,6 +277,7 @@ class Local:
             return generation(prompt_tokens=len(prompt), error=done)
         with self.tokenizing:
             text = self.backend.tokenizer.decode(done.token_ids, skip_special_tokens=True)
+        text = text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)]
         return generation(text, done.finish_reason, len(prompt), done.cached_tokens, len(done.token_ids))
 
 
@@ -230,9 +294,9 @@ def generation(
     return {"text": text, "finish_reason": finish_reason, **counts, "engine_error": error}
 
 
-def prompt_ids(tokenizer: Any, chat: list[Message]) -> list[int]:
-    """Token ids of a chat up to where the assistant begins to write."""
-    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False))
+def prompt_ids(tokenizer: Any, chat: list[Message], **template: Any) -> list[int]:
+    """Token ids of a chat up to where the assistant begins to write; `template`: further variables of the chat template."""
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False, **template))
 
 
 def secret(engine: Engine) -> SecretStr | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
@@ -21,10 +22,23 @@ class Transformers:
     def __init__(self, directory: str, engine: Engine, sampling: Sampling):
         torch.set_num_threads(max(1, int(engine.resources.cpus)))
         self.device = "cuda" if engine.resources.gpus else "cpu"
+        self.engine, self.sampling = engine, sampling
+        self.model: Any = None
+        self.prefix_cache: DynamicCache | None = None
+        self.directory = ""
+        self.load(directory)
+
+    def load(self, directory: str) -> bool:
+        """See `engines.Backend`."""
+        if directory == self.directory:
+            return True
+        self.model = self.prefix_cache = None  # before there is a second one
+        self.prefix: list[int] = []
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, engine.dtype))
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, self.engine.dtype))
         self.model = model.to(self.device).eval()
-        self.context = engine.context or self.model.config.max_position_embeddings
+        self.context = self.engine.context or self.model.config.max_position_embeddings
+        sampling = self.sampling
         ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
@@ -33,12 +47,13 @@ class Transformers:
             do_sample=bool(sampled),
             **sampled,
             max_new_tokens=sampling.max_tokens,
+            stop_strings=list(sampling.stop) or None,
             eos_token_id=sorted(self.ends),
             pad_token_id=self.pad,
         )
         self.model.generation_config = self.config  # else what its directory says fills in what is not set here
-        self.prefix: list[int] = []
-        self.prefix_cache: DynamicCache | None = None
+        self.directory = directory
+        return True
 
     def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
         """See `engines.Backend`. A batch that fails is halved until what breaks it (a row too long for the memory) is alone."""
@@ -73,11 +88,18 @@ class Transformers:
             attention_mask=torch.tensor(mask, device=self.device),
             past_key_values=cache,
             generation_config=self.config,
+            tokenizer=self.tokenizer,  # for stop strings
         )
         return [self._completion(row, shared) for row in output[:, width:].tolist()]
 
     def _completion(self, tokens: list[int], cached: int) -> Completion:
         end = next((index for index, token in enumerate(tokens) if token in self.ends), None)
+        if self.sampling.stop:  # a row that one of them ended goes on with padding, which may be an end itself
+            while tokens and tokens[-1] == self.pad:
+                tokens = tokens[:-1]
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if any(stop in text for stop in self.sampling.stop):
+                return Completion(tokens, "stop", cached)
         return Completion(tokens, "length", cached) if end is None else Completion(tokens[: end + 1], "stop", cached)
 
     def _shared(self, prompts: Sequence[list[int]]) -> int:

@@ -35,7 +35,11 @@ SPLIT = 8
 DEATHS = 24
 """Of a replica's engine in one stage, after which the stage ends: then it is not a row that kills it."""
 
-LINES = pa.schema([("key", pa.binary(16)), ("generation", GENERATION)])
+STARTS = 2
+"""Times a replica tries to start its engine in one stage."""
+
+LINES = pa.schema([("key", pa.binary(16)), ("generation", GENERATION), ("reused", pa.bool_())])
+"""`reused`: found in the cache, not made by this stage."""
 
 
 def key(chat: Sequence[Message], seed: int) -> bytes:
@@ -48,10 +52,18 @@ def finished(place: Place) -> int:
     return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in _files(place, "done", ".parquet"))
 
 
-def lines(place: Place) -> Iterator[Row]:
-    """{key, generation} of each of them."""
-    for file in _files(place, "done", ".parquet"):
+def lines(place: Place, folder: str = "done") -> Iterator[Row]:
+    """{key, generation, reused} of each of them."""
+    for file in _files(place, folder, ".parquet"):
         yield from pq.read_table(file.path, filesystem=file.fs).to_pylist()
+
+
+def share(place: Place, cache: Place) -> list[Row]:
+    """Put what a stage made into a cache, a folder of one Parquet file per stage; returns what it had from there."""
+    known = list(lines(place))
+    if made := [line for line in known if not line["reused"]]:
+        _write(cache / f"{uuid.uuid4().hex}.parquet", made)
+    return [line["generation"] for line in known if line["reused"]]
 
 
 def starts(place: Place) -> list[Row]:
@@ -67,16 +79,21 @@ def _files(place: Place, folder: str, ending: str) -> list[Place]:
 class Journal:
     """One replica's view of a stage's journal; safe to use from several threads.
 
-    `replica`: a name that stays the same when Ray starts the replica again. Raises UserError when its engine died too often.
+    `replica`: a name that stays the same when Ray starts the replica again. `cache`: what other stages shared, all of it read
+    into this process. Raises UserError when its engine died too often.
     """
 
-    def __init__(self, place: Place, replica: str):
+    def __init__(self, place: Place, replica: str, cache: Place | None = None):
         self._place, self._done, self._flight = place, (place / "done").made(), (place / "flight" / replica).made()
         self._lock, self._new, self._flushed = threading.Lock(), list[Row](), time.monotonic()
         self._known = {line["key"]: line["generation"] for line in lines(place)}
+        shared = lines(cache, ".") if cache else ()
+        self._cached = {line["key"]: line["generation"] for line in shared}
         deaths = [json.loads(file.read_bytes()) for file in _files(place, f"flight/{replica}", ".json")]
         self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
+        self._tried = place / "failed" / f"{replica}.json"
+        self._begun: list[str] = json.loads(self._tried.read_bytes())["errors"] if self._tried.exists() else []
         self._open, self._alone = set(self._suspects), threading.Lock()
         if len(deaths) > DEATHS:
             reason = deaths[-1].get("error", "a kill")
@@ -85,6 +102,19 @@ class Journal:
                 "lower engine.batch_size or the memory knobs in engine.kwargs (placement keys: the same run goes on)",
                 exit_code=5,
             )
+
+    def failed(self, error: Exception, name: str) -> None:
+        """Note that the engine did not start. Raises UserError when that was the last try."""
+        named = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+        self._begun.append(" ".join(named.split())[:500])
+        self._tried.write_json({"errors": self._begun})
+        if len(self._begun) >= STARTS:
+            raise UserError(
+                f"the {name}'s engine did not start, {STARTS} times: {self._begun[-1]}; where memory is short, lower "
+                "engine.context, or engine.kwargs.gpu_memory_utilization, max_num_seqs and max_num_batched_tokens, or raise "
+                "engine.tensor_parallel and resources; where time is, raise engine.start_seconds",
+                exit_code=5,
+            ) from error
 
     def started(self, seconds: float) -> None:
         """Note that the replica is up."""
@@ -97,9 +127,11 @@ class Journal:
         return self._alone if self._open else nullcontext()
 
     def take(self, key: bytes) -> Row | None:
-        """The generation of this key if an earlier life finished it."""
+        """The generation of this key if an earlier life finished it, or another stage."""
         with self._lock:
             found = self._known.pop(key, None)
+            if found is None and (found := self._cached.get(key)) is not None:
+                self._new.append({"key": key, "generation": found, "reused": True})
             if found is not None:
                 self._open.discard(key)
             return found
@@ -137,7 +169,7 @@ class Journal:
     def add(self, key: bytes, generation: Row) -> None:
         """Keep a finished generation; it is on disk when another comes `FLUSH` seconds later, or at `flush`."""
         with self._lock:
-            self._new.append({"key": key, "generation": generation})
+            self._new.append({"key": key, "generation": generation, "reused": False})
             self._open.discard(key)
             if time.monotonic() - self._flushed < FLUSH:
                 return
@@ -148,6 +180,10 @@ class Journal:
         with self._lock:
             new, self._new, self._flushed = self._new, [], time.monotonic()
         if new:
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist(new, schema=LINES), sink)
-            (self._done / f"{uuid.uuid4().hex}.parquet").write_bytes(sink.getvalue().to_pybytes())
+            _write(self._done / f"{uuid.uuid4().hex}.parquet", new)
+
+
+def _write(file: Place, lines: list[Row]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(lines, schema=LINES), sink)
+    file.write_bytes(sink.getvalue().to_pybytes())

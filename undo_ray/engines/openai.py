@@ -55,8 +55,10 @@ class OpenAI:
         self.model, self.key = model, key.get_secret_value() if key else None
         self.named = f"the key in ${spec.key_env}" if self.key else "a request without a key"
         longest = {} if "max_completion_tokens" in engine.kwargs else {"max_tokens": sampling.max_tokens}
-        self.fixed: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, **longest}
-        self.extra = engine.kwargs
+        stop = {"stop": list(sampling.stop)} if sampling.stop else {}
+        self.fixed: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, **longest, **stop}
+        template = {"chat_template_kwargs": engine.chat_template_kwargs} if engine.chat_template_kwargs else {}
+        self.extra = {**template, **engine.kwargs}
         self.unanswered, self.next_turn = 0, 0.0
         self.pause = 60 / spec.requests_per_minute if spec.requests_per_minute else 0.0
         self.loop = asyncio.new_event_loop()
@@ -69,6 +71,9 @@ class OpenAI:
         self.client = AsyncOpenAI(
             base_url=self.spec.base_url, api_key=self.key or "none", max_retries=0, timeout=self.spec.timeout
         )
+
+    def end(self) -> None:
+        """See `engines.Speaker`: the endpoint is not ours to end."""
 
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
         """See `engines.Speaker`."""
@@ -121,7 +126,8 @@ class OpenAI:
                     return found
 
     async def _request(self, chat: list[Message], seed: int) -> Any:
-        request = {"model": self.model, "messages": chat, "seed": seed, **self.fixed}
+        seeded = {"seed": seed} if self.spec.send_seed else {}
+        request = {"model": self.model, "messages": chat, **seeded, **self.fixed}
         return await self.client.chat.completions.create(**request, extra_body=self.extra)
 
     def _stop_if_useless(self, error: Exception, status: int | None) -> None:

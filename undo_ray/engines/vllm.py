@@ -31,28 +31,50 @@ class VLLM:
     """
 
     def __init__(self, directory: str, engine: Engine, sampling: Sampling):
-        from vllm import LLM, SamplingParams
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        self.spec, self.directory, self.shape = engine, directory, _shape(directory)
+        final = RequestOutputKind.FINAL_ONLY
+        draw = {"temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop)}
+        self.params = partial(SamplingParams, **draw, detokenize=bool(sampling.stop), output_kind=final)
+        self.max_tokens, self.warming = sampling.max_tokens, threading.Lock()
+        self.waiting: queue.SimpleQueue[tuple[list[int], Any, Sink, int]] = queue.SimpleQueue()
+        self.llm = self._open()
+        self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
+        self.context = self.engine.model_config.max_model_len
+        self.warm = False
+        self.stepped = time.monotonic()
+        threading.Thread(target=self._steps, daemon=True).start()
+
+    def load(self, directory: str) -> bool:
+        """See `engines.Backend`. Weights are exchanged in the running engine where vLLM does it rightly: its CPU build leaves
+        the packed head of a model with tied embeddings as it was (vLLM 0.32), and quantised weights are packed as well."""
+        shape = _shape(directory)
+        packed = "quantization_config" in shape or bool(self.spec.kwargs.get("quantization"))
+        packed |= not self.spec.resources.gpus and bool(shape.get("tie_word_embeddings"))
+        self.warm = False  # another stage: another prefix
+        if directory != self.directory:
+            if packed or shape != self.shape:
+                return False
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+            self.llm.reset_prefix_cache()
+            self.directory = directory
+        return True
+
+    def _open(self) -> Any:
+        from vllm import LLM
+
+        engine = self.spec
         options: dict[str, Any] = {
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "max_model_len": engine.context,
+            "pipeline_parallel_size": engine.pipeline_parallel,
             **({} if engine.resources.gpus else _cpu_options(engine.context)),
             **engine.kwargs,
         }
-        self.llm = LLM(directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
-        self.engine = self.llm.llm_engine
-        self.tokenizer = self.llm.get_tokenizer()
-        self.context = self.engine.model_config.max_model_len
-        final = RequestOutputKind.FINAL_ONLY
-        draw = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        self.params = partial(SamplingParams, **draw, detokenize=False, output_kind=final)
-        self.max_tokens, self.warm, self.warming = sampling.max_tokens, False, threading.Lock()
-        self.stall = engine.stall_seconds
-        self.waiting: queue.SimpleQueue[tuple[list[int], Any, Sink, int]] = queue.SimpleQueue()
-        self.stepped = time.monotonic()
-        threading.Thread(target=self._steps, daemon=True).start()
+        return LLM(self.directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
 
     def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
         """See `engines.Backend`. Long prompts go first: they hold up the end of a batch least when they begin early."""
@@ -73,10 +95,10 @@ class VLLM:
         for _ in jobs:
             while True:
                 try:
-                    found = sink.get(timeout=min(1.0, self.stall))
+                    found = sink.get(timeout=min(1.0, self.spec.stall_seconds))
                     break
                 except queue.Empty:
-                    if (still := time.monotonic() - self.stepped) > self.stall:
+                    if (still := time.monotonic() - self.stepped) > self.spec.stall_seconds:
                         raise RuntimeError(f"the engine made no step in {still:.0f} s (engine.stall_seconds)") from None
             if isinstance(found, BaseException):
                 raise found
@@ -107,6 +129,14 @@ class VLLM:
             for sink in {id(sink): sink for sink, _ in running.values()}.values():
                 sink.put(error)
             raise
+
+
+def _shape(directory: str) -> dict[str, Any]:
+    """What of a model's configuration an engine is built for."""
+    from transformers import AutoConfig
+
+    known: dict[str, Any] = AutoConfig.from_pretrained(directory).to_dict()
+    return {key: value for key, value in known.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def _cpu_options(context: int | None) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def tokenise(lessons: Dataset, start: str, recipe: Recipe, place: Place) -> dict
     place.remove()
     place.fs.create_dir(place.path, recursive=True)
     total, limit = lessons.count(), recipe.student.max_length
-    to_tokens = partial(_tokens_of, start=start, seed=recipe.seed, max_length=limit)
+    template = recipe.student.engine.chat_template_kwargs
+    to_tokens = partial(_tokens_of, start=start, seed=recipe.seed, max_length=limit, template=template)
     lessons.map_batches(to_tokens, batch_format="pyarrow", zero_copy_batch=True).write_parquet(place.path, filesystem=place.fs)
     written = pads.dataset(place.path, filesystem=place.fs, schema=TOKENS)
     kept = written.count_rows()
@@ -64,7 +65,7 @@ def tokenise(lessons: Dataset, start: str, recipe: Recipe, place: Place) -> dict
     return {"chats": kept, "too_long": total - kept, "sample": _shown(row, models.local(start, recipe.seed))}
 
 
-def _tokens_of(table: pa.Table, start: str, seed: int, max_length: int) -> pa.Table:
+def _tokens_of(table: pa.Table, start: str, seed: int, max_length: int, template: dict[str, Any]) -> pa.Table:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models.local(start, seed))
@@ -72,7 +73,7 @@ def _tokens_of(table: pa.Table, start: str, seed: int, max_length: int) -> pa.Ta
     for row in table.to_pylist():
         name = {"id": row["id"], "round": row["round"]}
         try:
-            input_ids, prompt = supervised(tokenizer, row["messages"])
+            input_ids, prompt = supervised(tokenizer, row["messages"], **template)
         except UserError as error:  # data, so that the driver says it in one line and no task is tried again for it
             rows.append({**name, "input_ids": [], "prompt": 0, "error": str(error)})
             continue
@@ -81,13 +82,15 @@ def _tokens_of(table: pa.Table, start: str, seed: int, max_length: int) -> pa.Ta
     return pa.Table.from_pylist(rows, schema=TOKENS)
 
 
-def supervised(tokenizer: Any, messages: list[Message]) -> tuple[list[int], int]:
+def supervised(tokenizer: Any, messages: list[Message], **template: Any) -> tuple[list[int], int]:
     """(token ids of the whole chat, how many of them are prompt), told apart by token prefix.
+
+    `template`: further variables of the chat template, those the student is asked with.
 
     Raises UserError, showing the chat as the model would see it, when the template leaves the assistant nothing to learn or
     rewrites what came before it.
     """
-    render = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+    render = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False, **template)
     prompt = list(render(messages[:-1], add_generation_prompt=True))
     whole = list(render(messages))
     answer = tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)

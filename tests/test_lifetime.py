@@ -1,0 +1,179 @@
+"""Engines and their stages: what comes up, what stays up, what is given back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import runs
+import tiny
+
+from undo_ray import engines
+from undo_ray.config import Engine, Placement, Sampling
+from undo_ray.engines import kept
+from undo_ray.place import Place
+from undo_ray.types import UserError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two of one shape with other weights."""
+    texts = [f"count {i}" for i in range(50)]
+    return [tiny.make(tmp_path_factory.mktemp(f"model{seed}"), "llama", texts, seed=seed) for seed in (3, 4)]
+
+
+def work(model: str, journal: Path, **engine: Any) -> engines.Work:
+    def ask(row: dict[str, Any]) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"count {row['n']}"}]
+
+    return engines.Work(
+        name="student",
+        engine=Engine(**{"context": 512, "batch_size": 4, **engine}),
+        model=partial(str, model),
+        sampling=Sampling(max_tokens=8),
+        render=lambda: ask,  # type: ignore[arg-type, return-value]
+        column="out",
+        seeds=lambda row: [0],
+        journal=Place(str(journal)),
+    )
+
+
+def texts(job: engines.Work, held: kept.Held) -> list[str]:
+    """What a stage over 24 rows writes."""
+    import ray.data
+
+    rows = ray.data.from_items([{"n": n} for n in range(24)], override_num_blocks=6)
+    found = {row["n"]: row["out"][0] for row in engines.generate(rows, job, held).take_all()}
+    assert all(out["engine_error"] is None for out in found.values())
+    return [found[n]["text"] for n in range(24)]
+
+
+def reference(directory: str) -> list[str]:
+    """Plain greedy `generate`, one prompt at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    found = []
+    for n in range(24):
+        ids = torch.tensor([engines.prompt_ids(tokenizer, [{"role": "user", "content": f"count {n}"}])])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        found.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def named(name: str) -> set[int]:
+    """Process ids of this test's Ray workers that are at work as this class."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            found |= {process.pid} if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{name}") else set()
+        except psutil.Error:
+            continue
+    return found
+
+
+def resources() -> dict[str, float]:
+    import ray
+
+    return {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
+
+
+def test_three_stages_take_turns_on_one_slot_and_each_gives_it_back(cluster: None, models: list[str], tmp_path: Path) -> None:
+    """An engine takes three of the four CPUs, so the next stage's cannot start before it is gone (ray#64035, #53124, #54361)."""
+    before = resources()
+    for stage, model in enumerate([models[0], models[1], models[0]]):
+        texts(work(model, tmp_path / str(stage), resources=Placement(cpus=3)), {})
+        deadline = time.monotonic() + 30
+        while resources() != before:
+            assert time.monotonic() < deadline, f"after stage {stage}: {resources()}, before: {before}"
+            time.sleep(0.1)
+
+
+def test_kept_engines_serve_stage_after_stage_with_the_weights_of_each(
+    cluster: None, models: list[str], tmp_path: Path
+) -> None:
+    before, held = resources(), kept.Held()
+    wanted, processes = {model: reference(model) for model in models}, []
+    for stage, model in enumerate([models[0], models[1], models[1], models[0]]):
+        job = work(model, tmp_path / str(stage), replicas=2, lifetime="run", resources=Placement(cpus=0.5))
+        assert texts(job, held) == wanted[model]
+        processes.append(named("Host"))
+    assert len(processes[0]) == 2 and all(found == processes[0] for found in processes)
+    kept.release(held)
+    deadline = time.monotonic() + 30
+    while named("Host") & processes[0] or resources() != before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "says"), [("stage", "out of memory"), ("run", r"not up after 1 s \(engine.start_seconds\)")]
+)
+def test_an_engine_that_does_not_come_up_is_tried_twice_and_the_stage_ends_with_what_to_change(
+    cluster: None, models: list[str], tmp_path: Path, lifetime: str, says: str
+) -> None:
+    import ray.data
+    from ray.exceptions import RayError
+
+    directory = models[0]
+
+    def broken() -> str:
+        """No model at all."""
+        raise RuntimeError("CUDA out of memory, said the device")
+
+    def slow() -> str:
+        """The model's directory; from here on it takes a minute to load in this process."""
+        import transformers
+
+        transformers.AutoModelForCausalLM.from_pretrained = lambda *_, **__: time.sleep(60)  # type: ignore[method-assign]
+        return directory
+
+    job = work(directory, tmp_path, lifetime=lifetime, start_seconds=1.0)
+    job = dataclasses.replace(job, model=broken if lifetime == "stage" else slow)
+    held = kept.Held()
+    try:
+        with pytest.raises(RayError) as error:
+            engines.generate(ray.data.from_items([{"n": 0}]), job, held).take_all()
+    finally:
+        kept.release(held)
+    assert re.search(
+        rf"{UserError.__module__}.UserError: the student's engine did not start, 2 times: .*{says}", str(error.value)
+    )
+    assert "engine.kwargs.gpu_memory_utilization" in str(error.value)
+
+
+def test_one_engine_serves_all_rounds_and_a_killed_driver_leaves_none_behind(cluster: None, tmp_path: Path) -> None:
+    """vLLM as the teacher on a cluster that outlives its drivers; the driver is killed when two rounds were explained."""
+    pytest.importorskip("vllm")
+    import ray
+
+    engine = 'kind = "vllm", context = 1024, batch_size = 32, lifetime = "run", resources = {cpus = 0.5}'
+    sets = [*runs.SMALL, f"teacher.engine={{{engine}}}"]
+    sets += ['student.engine={batch_size = 32, lifetime = "run", resources = {cpus = 0.5}}']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        process, started = runs.start("mini", tmp_path / "run", *sets), set[int]()
+        deadline = time.monotonic() + 400
+        while not any((tmp_path / "run/round-01/student").glob("try-*")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            started |= named("Host")
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert len(started) == 2, "one engine for the teacher and one for the student, over two rounds"
+        deadline = time.monotonic() + 60
+        while named("Host") & started:
+            assert time.monotonic() < deadline, "Ray ends what a dead driver owned"
+            time.sleep(0.2)
+        runs.run("mini", tmp_path / "run", *sets)
+    records = runs.report(tmp_path / "run")["rounds"]
+    starts = [record["engine_start_seconds"]["rationales"] for record in records]
+    assert starts[1] < starts[0] / 3, "start-up is paid once"

@@ -1,0 +1,149 @@
+"""Engines that outlive their stages (`lifetime = "run"`): actors of the driver, one for each replica of a pool.
+
+A stage's replicas then speak to them in place of an engine of their own. They end with the driver that made them, killed or
+not, since Ray ends what a dead driver owned; the next driver starts its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from undo_ray.config import Engine, Sampling
+from undo_ray.types import Message, Row, UserError
+
+if TYPE_CHECKING:
+    from undo_ray.engines import Local
+
+RELAY_CPUS = 0.1
+"""Logical CPUs of a replica that only passes rows on to a kept engine."""
+
+Held = dict[str, list[Any]]
+"""Handles of the engines a driver keeps, by what they are kept for."""
+
+
+def hosts(held: Held, name: str, engine: Engine, sampling: Sampling, calls: int) -> list[Any]:
+    """The engines kept under this name; started when there are none yet, without a model. `calls`: batches at a time."""
+    import ray
+
+    if name not in held:
+        host = ray.remote(Host).options(
+            num_cpus=engine.resources.cpus,
+            num_gpus=engine.resources.gpus or None,
+            max_concurrency=calls + 2,  # beside the batches a claim and a load
+            max_restarts=-1,
+        )
+        held[name] = [host.remote(engine, sampling) for _ in range(engine.replicas)]
+    return held[name]
+
+
+def release(held: Held) -> None:
+    """End the engines and give their memory back."""
+    import ray
+
+    for host in [host for pool in held.values() for host in pool]:
+        ray.kill(host)
+    held.clear()
+
+
+class Host:
+    """An engine in an actor of its own. Which model it holds is told by `load`."""
+
+    def __init__(self, engine: Engine, sampling: Sampling):
+        self._engine, self._sampling = engine, sampling
+        self._local: Local | None = None
+        self._claims, self._claimed = threading.Lock(), ("", "")
+
+    def claim(self, stage: str, replica: str) -> bool:
+        """Whether this engine is the replica's for the stage: that of the first who asks."""
+        with self._claims:
+            if self._claimed[0] != stage:
+                self._claimed = (stage, replica)
+            return self._claimed == (stage, replica)
+
+    def load(self, model: Callable[[], str]) -> bool:
+        """Have the model that `model()` gives the directory of; False where only a new process can. See `engines.Backend`."""
+        from undo_ray.engines import local
+
+        if self._local is not None:
+            return self._local.backend.load(model())
+        try:
+            self._local = local(model, self._engine, self._sampling)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _plain(error) from None
+        return True
+
+    def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[list[tuple[int, Row]]]:
+        """As `Speaker.answer`, in lists of what finished since the last one."""
+        assert self._local is not None  # a replica loads before it asks
+        local, sink = self._local, queue.SimpleQueue[Any]()
+
+        def drain() -> None:
+            try:
+                for found in local.answer(chats, seeds):
+                    sink.put(found)
+                sink.put(None)
+            except UserError as error:
+                sink.put(error)
+            except BaseException as error:
+                sink.put(_plain(error))
+
+        threading.Thread(target=drain, daemon=True).start()
+        while True:
+            found = [sink.get()]
+            while not sink.empty():
+                found.append(sink.get())
+            if done := [one for one in found if isinstance(one, tuple)]:
+                yield done
+            if isinstance(found[-1], BaseException):
+                raise found[-1]
+            if found[-1] is None:
+                return
+
+
+class Kept:
+    """See `engines.Speaker`: the engine that is kept for this replica."""
+
+    def __init__(self, hosts: Sequence[Any], stage: str, replica: str, model: Callable[[], str]):
+        self._host = next((host for host in hosts if _got(host.claim.remote(stage, replica))), hosts[0])
+        try:
+            if not _got(self._host.load.remote(model)):
+                self.end()
+                _got(self._host.claim.remote(stage, replica))
+                _got(self._host.load.remote(model))
+        except Exception:
+            self.end()
+            raise
+
+    def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """See `engines.Speaker`."""
+        for ref in self._host.answer.options(num_returns="streaming").remote(chats, seeds):
+            yield from _got(ref)
+
+    def end(self) -> None:
+        """End the engine's process; Ray starts another."""
+        import ray
+
+        ray.kill(self._host, no_restart=False)
+
+
+def _plain(error: BaseException) -> RuntimeError:
+    """An error that pickles, in place of one of the engine's own that may not."""
+    logging.getLogger(__name__).error("in a kept engine", exc_info=error)
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _got(ref: Any) -> Any:
+    """What an engine's actor gave; raises what it raised, without Ray's wrapping."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise error.cause from None
