@@ -23,8 +23,8 @@ SMALL = (
     "data.tests=[]",
     "rounds=1",
     "student.tokens=4000",
-    "teacher.engine={batch_size = 32}",
-    "student.engine={batch_size = 32}",
+    'teacher.engine={batch_size = 32, lifetime = "run", resources = {cpus = 0.5}}',
+    'student.engine={batch_size = 32, lifetime = "run", resources = {cpus = 0.5}}',
 )
 """Overrides of `mini` for a whole run of one round that takes about a minute; a later override of a key counts."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,6 +22,12 @@ QUESTIONS = [
     "How many legs have four cats and a dog?",
     "Why?",
     "Tom has 12 pens and loses 7. How many are left?",
+]
+
+MINI_TEXTS = [
+    "sam has 66 cups and finds 49 more. how many cups are there in all?",
+    "what is the tens digit of 48?",
+    "ben counts 7 shells, leo counts 8 and zoe counts 6. how many shells are the most?",
 ]
 
 
@@ -80,6 +87,31 @@ def test_an_answer_cut_short_says_so_and_an_ended_one_too() -> None:
     assert whole.finish_reason == "stop" and whole.token_ids[:5] == short.token_ids
 
 
+def test_a_stop_string_ends_an_answer_and_is_no_part_of_it() -> None:
+    """The miniature teacher ends its steps with that tag."""
+    from undo_ray.engines.hf import Transformers
+
+    teacher = mini.teacher(0)
+    asked = [[{"role": "user", "content": text}] for text in MINI_TEXTS]
+    plain, cut = Sampling(max_tokens=96), Sampling(max_tokens=96, stop=("</think>", "never"))
+    local = [engines.Local(Transformers(teacher, Engine(), sampling), sampling, {}) for sampling in (plain, cut)]
+    whole, ended = (dict(engine.answer(asked, [0] * len(asked))) for engine in local)
+    for index in range(len(asked)):
+        head, found, _ = whole[index]["text"].partition("</think>")
+        assert found and ended[index]["text"] == head and ended[index]["finish_reason"] == "stop"
+        assert 0 < ended[index]["completion_tokens"] < whole[index]["completion_tokens"]
+
+
+def test_variables_of_the_chat_template_reach_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.make(tmp_path, "llama", [SHARED]))
+    tokenizer.chat_template = tiny.CHATML + "{% if enable_thinking is false %}<think></think>{% endif %}"
+    chat: list[Any] = [{"role": "user", "content": "Why?"}]
+    plain, switched = prompt_ids(tokenizer, chat), prompt_ids(tokenizer, chat, enable_thinking=False)
+    assert tokenizer.decode(switched[len(plain) :]) == "<think></think>" and switched[: len(plain)] == plain
+
+
 def test_sampling_is_repeatable_and_depends_on_the_seed(llama: str) -> None:
     from undo_ray.engines.hf import Transformers
 
@@ -98,15 +130,13 @@ def test_vllm_writes_what_transformers_writes_and_does_so_with_other_weights(tie
     import sys
 
     directory = tiny.make(tmp_path / "tied", "qwen2", [SHARED], seed=5) if tied else mini.teacher(0)
-    texts = ["sam has 66 cups and finds 49 more. how many cups are there in all?", "what is the tens digit of 48?"]
-    texts += ["ben counts 7 shells, leo counts 8 and zoe counts 6. how many shells are the most?"]
-    prompts = chats(directory, texts)
+    prompts = chats(directory, MINI_TEXTS)
     # In a process of its own, as in a run: the engine takes over threads and environment of the process it lives in.
     script = (
         "import json, sys\n"
         "from undo_ray.config import Engine, Sampling\n"
         "from undo_ray.engines.vllm import VLLM\n"
-        "backend = VLLM(sys.argv[1], Engine(kind='vllm'), Sampling(max_tokens=24))\n"
+        "backend = VLLM(sys.argv[1], Engine(kind='vllm'), Sampling(max_tokens=40, stop=('</think>',)))\n"
         "done = dict(backend.complete(json.loads(sys.argv[2]), [0] * 3))\n"
         "print('TOKENS', json.dumps([done[index].token_ids for index in range(3)]))\n"
         "loaded = backend.load(sys.argv[3])\n"
@@ -118,10 +148,19 @@ def test_vllm_writes_what_transformers_writes_and_does_so_with_other_weights(tie
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
     found = dict(line.split(" ", 1) for line in run.stdout.splitlines() if line.startswith(("TOKENS", "RELOADED")))
     assert set(found) == {"TOKENS", "RELOADED"}, run.stderr[-3000:]
-    assert json.loads(found["TOKENS"]) == reference(directory, prompts, 24)
+    assert json.loads(found["TOKENS"]) == up_to(directory, "</think>", reference(directory, prompts, 40))
     loaded, tokens = json.loads(found["RELOADED"])
     assert loaded is not tied
-    assert tokens == reference(directory if tied else other, prompts, 24)
+    assert tokens == up_to(directory, "</think>", reference(directory if tied else other, prompts, 40))
+
+
+def up_to(directory: str, stop: str, answers: list[list[int]]) -> list[list[int]]:
+    """The answers up to the token that completes the stop string, where they have it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ends = [[n for n in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:n])] for ids in answers]
+    return [ids[: end[0]] if end else ids for ids, end in zip(answers, ends, strict=True)]
 
 
 def _with_other_weights(directory: str, target: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import runs
 
-SMALL = (*runs.SMALL, "student.tokens=6000", "teacher.engine={batch_size = 16}", "lessons.mode=latest")
+SMALL = (*runs.SMALL, "student.tokens=6000", "teacher.engine.batch_size=16", "lessons.mode=latest")
 
 
 def by_id(run_dir: Path, stage: str, split: str = "train") -> dict[str, dict[str, Any]]:

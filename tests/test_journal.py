@@ -58,6 +58,27 @@ def test_a_finished_generation_is_on_disk_when_another_comes_after_the_flush_tim
     assert journal.finished(Place(str(tmp_path))) == 1
 
 
+def test_what_a_stage_shared_another_takes_and_does_not_share_again(tmp_path: Path) -> None:
+    places, cache = [Place(str(tmp_path / name)) for name in ("one", "two")], Place(str(tmp_path / "cache"))
+    keys, made = [key(chat(n), 0) for n in range(4)], []
+    for number, place in enumerate(places):
+        life = Journal(place, "a", cache)
+        for n in range(2 + number):
+            if life.take(keys[n]) is None:
+                life.add(keys[n], generation(f"{place.uri} {n}"))
+                made.append(n)
+        assert life.take(keys[3]) is None
+        life.flush()
+        reused = journal.share(place, cache)
+        assert [found["text"] for found in reused] == [f"{places[0].uri} {n}" for n in range(2)] * number
+    assert made == [0, 1, 2]
+    shared = {line["key"]: line["generation"]["text"] for line in journal.lines(cache, ".")}
+    assert shared == {keys[n]: f"{places[n // 2].uri} {n}" for n in range(3)}
+    # A replica that is killed and started again finds what it took from the cache in its own journal, once.
+    again = Journal(places[1], "a", cache)
+    assert [again.take(keys[n])["text"] for n in range(3)] == [f"{places[n // 2].uri} {n}" for n in range(3)]  # type: ignore[index]
+
+
 def test_another_seed_or_prompt_is_another_generation() -> None:
     longer = [*chat(1), {"role": "assistant", "content": "1"}]
     assert len({key(chat(1), 0), key(chat(1), 1), key(chat(12), 0), key(longer, 0)}) == 4

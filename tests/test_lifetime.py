@@ -87,7 +87,7 @@ def resources() -> dict[str, float]:
 
 
 def test_three_stages_take_turns_on_one_slot_and_each_gives_it_back(cluster: None, models: list[str], tmp_path: Path) -> None:
-    """An engine takes three of the four CPUs, so the next stage's cannot start before it is gone (ray#64035, #53124, #54361)."""
+    """An engine takes three of the four CPUs: the next stage's cannot start before it is gone (ray#64035, #53124, #54361)."""
     before = resources()
     for stage, model in enumerate([models[0], models[1], models[0]]):
         texts(work(model, tmp_path / str(stage), resources=Placement(cpus=3)), {})
@@ -157,7 +157,6 @@ def test_one_engine_serves_all_rounds_and_a_killed_driver_leaves_none_behind(clu
 
     engine = 'kind = "vllm", context = 1024, batch_size = 32, lifetime = "run", resources = {cpus = 0.5}'
     sets = [*runs.SMALL, f"teacher.engine={{{engine}}}"]
-    sets += ['student.engine={batch_size = 32, lifetime = "run", resources = {cpus = 0.5}}']
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         process, started = runs.start("mini", tmp_path / "run", *sets), set[int]()

@@ -202,8 +202,8 @@ MINI = (
     "data.test_limit=40",
     "rounds=1",
     "student.tokens=12000",
-    "teacher.engine={batch_size = 64}",
-    "student.engine={batch_size = 64}",
+    'teacher.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
+    'student.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
     "student.resources={cpus = 1}",
 )
 

@@ -207,8 +207,8 @@ def test_a_killed_driver_goes_on_from_the_last_checkpoint(tmp_path: Path) -> Non
         "student.tokens=150000",
         "student.checkpoint_steps=20",
         "student.held_out=0.2",
-        "student.engine={batch_size = 64}",
-        "teacher.engine={batch_size = 64}",
+        'student.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
+        'teacher.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
     )
     stage = tmp_path / "run/round-00/student"
     process = runs.start("mini", tmp_path / "run", *sets)

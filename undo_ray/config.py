@@ -212,7 +212,7 @@ class Teacher(_Section):
     hints: Literal["off", "answer", "solution", "cascade"] = "off"
     """what of the gold is shown where no sample was accepted: nothing, answer, solution, or one after the other; marked"""
     cache: Placed[bool | str] = False
-    """reuse what a teacher like this one gave to the same prompt and seed in other runs: true: kept beside the run; or a folder"""
+    """reuse what such a teacher gave to the same prompt and seed in other runs: true: kept beside the run; or a folder"""
     sampling: Sampling = Sampling()
     """of rationales"""
     engine: TeacherEngine = TeacherEngine()

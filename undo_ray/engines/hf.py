@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,6 @@ class Transformers:
             do_sample=bool(sampled),
             **sampled,
             max_new_tokens=sampling.max_tokens,
-            stop_strings=list(sampling.stop) or None,
             eos_token_id=sorted(self.ends),
             pad_token_id=self.pad,
         )
@@ -88,9 +88,16 @@ class Transformers:
             attention_mask=torch.tensor(mask, device=self.device),
             past_key_values=cache,
             generation_config=self.config,
-            tokenizer=self.tokenizer,  # for stop strings
+            stopping_criteria=[partial(self._stopped, width)] if self.sampling.stop else None,
         )
         return [self._completion(row, shared) for row in output[:, width:].tolist()]
+
+    def _stopped(self, width: int, ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """Which rows have a stop string at the end of what follows their prompts. Those of `generate` itself fail on tokenizers
+        of whole words (transformers 5.19)."""
+        tail = ids[:, max(width, ids.shape[1] - max(map(len, self.sampling.stop)) - 4) :]  # a token is a character or more
+        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.sampling.stop) for text in texts], device=ids.device)
 
     def _completion(self, tokens: list[int], cached: int) -> Completion:
         end = next((index for index, token in enumerate(tokens) if token in self.ends), None)
