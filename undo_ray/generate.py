@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
-from undo_ray.engines.journal import finished, share, starts
+from undo_ray.engines.journal import busy, finished, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
@@ -404,8 +404,9 @@ def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
     spec = recipe.teacher
     if role != "teacher" or spec.cache is False:
         return None
-    run = out.ledger.place.uri.rstrip("/")
-    folder = Place(os.path.join(os.path.dirname(run), ".generations") if spec.cache is True else str(spec.cache))
+    given = str(spec.cache)
+    named = Place(given if "://" in given else os.path.abspath(given))  # workers have working directories of their own
+    folder = out.ledger.place.beside(".generations") if spec.cache is True else named
     alike = ("teacher.sampling.", "teacher.engine.", "weights of teacher.model")
     known = {key: value for key, value in out.ledger.identity.items() if key.startswith(alike)}
     return folder / digest([known, [spec.model, spec.engine.endpoint.base_url] if spec.engine.remote else None])
@@ -510,9 +511,10 @@ def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engin
     failures, failed = totals["broken"], totals["failed"]
     out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
     tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
-    begun = starts(_journal(out))
+    begun, at_work = starts(_journal(out)), busy(_journal(out))
     out.note(tokens=tokens, gpus=min(engine.replicas, len(begun)) * engine.resources.gpus)  # a pool may not have grown to all
     out.note(engine_start_seconds=round(max((start["seconds"] for start in begun), default=0.0), 3))
+    out.note(engine_seconds=round(at_work, 3))
     if not failures:
         return
     place = out.quarantine

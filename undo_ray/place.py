@@ -56,6 +56,11 @@ class Place:
         base, query, options = self.uri.partition("?")
         return Place(f"{base.rstrip('/')}/{name}{query}{options}", (self, name))
 
+    def beside(self, name: str) -> Place:
+        """A file or folder in the folder this one is in."""
+        base, query, options = self.uri.partition("?")
+        return Place(f"{base.rstrip('/').rpartition('/')[0]}/{name}{query}{options}")
+
     def __reduce__(self) -> tuple[type[Place], tuple[str]]:
         return Place, (self.uri,)
 

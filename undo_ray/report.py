@@ -38,6 +38,7 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "engine_start_seconds": {
             name: found["engine_start_seconds"] for name, found in figures.items() if "engine_start_seconds" in found
         },
+        "engine_seconds": {name: found["engine_seconds"] for name, found in figures.items() if "engine_seconds" in found},
         "gpu_seconds": gpu_seconds,
         "per_accepted": _per_accepted(explained, gpu_seconds["rationales"]),
         "money": money(step.run.recipe.prices, explained["tokens"], sum(gpu_seconds.values())),

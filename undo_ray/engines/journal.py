@@ -71,6 +71,11 @@ def starts(place: Place) -> list[Row]:
     return [json.loads(file.read_bytes()) for file in _files(place, "starts", ".json")]
 
 
+def busy(place: Place) -> float:
+    """Seconds in which the engines had rows to work on, of all replicas together."""
+    return sum(json.loads(file.read_bytes())["seconds"] for file in _files(place, "busy", ".json"))
+
+
 def _files(place: Place, folder: str, ending: str) -> list[Place]:
     """The whole files of a folder, in the order of their names; what a kill cut off has another ending."""
     return [place / folder / name for name in sorted((place / folder).names()) if name.endswith(ending)]
@@ -90,15 +95,18 @@ class Journal:
         shared = lines(cache, ".") if cache else ()
         self._cached = {line["key"]: line["generation"] for line in shared}
         deaths = [json.loads(file.read_bytes()) for file in _files(place, f"flight/{replica}", ".json")]
+        lives = len({death["life"] for death in deaths})  # each left as many files as it had batches in flight
         self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
         self._tried = place / "failed" / f"{replica}.json"
         self._begun: list[str] = json.loads(self._tried.read_bytes())["errors"] if self._tried.exists() else []
+        self._busy_file, self._at_work, self._busy, self._since = place / "busy" / f"{uuid.uuid4().hex}.json", 0, 0.0, 0.0
+        self._life = uuid.uuid4().hex[:8]
         self._open, self._alone = set(self._suspects), threading.Lock()
-        if len(deaths) > DEATHS:
+        if lives > DEATHS:
             reason = deaths[-1].get("error", "a kill")
             raise UserError(
-                f"the engine died {len(deaths)} times, whatever it was given, the last time of {reason}; "
+                f"the engine died {lives} times, whatever it was given, the last time of {reason}; "
                 "lower engine.batch_size or the memory knobs in engine.kwargs (placement keys: the same run goes on)",
                 exit_code=5,
             )
@@ -157,13 +165,23 @@ class Journal:
     @contextmanager
     def flight(self, keys: Sequence[bytes]) -> Iterator[None]:
         """While the block runs, these rows are what the engine works on. An error in it is a death, and is noted as one."""
-        file, known = self._flight / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", {"keys": [key.hex() for key in keys]}
+        file = self._flight / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
+        known = {"keys": [key.hex() for key in keys], "life": self._life}
         file.write_json(known)
+        with self._lock:
+            self._since = self._since if self._at_work else time.monotonic()
+            self._at_work += 1
         try:
             yield
         except Exception as error:
             file.write_json({**known, "error": f"{type(error).__name__}: {error}"[:1000]})
             raise
+        finally:
+            with self._lock:
+                self._at_work -= 1
+                if not self._at_work:
+                    self._busy += time.monotonic() - self._since
+                    self._busy_file.write_json({"seconds": self._busy})
         file.remove()
 
     def add(self, key: bytes, generation: Row) -> None:
