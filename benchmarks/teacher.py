@@ -1,16 +1,21 @@
 """The teacher's stage against the bare engine, side by side in one run, on vLLM's CPU build.
 
-    python benchmarks/teacher.py --data DIR [--runs 5] [--rows 192] [--json OUT]
+    python benchmarks/teacher.py --data DIR [--runs 5] [--rows 192] [--only R1 R2 …] [--json OUT]
 
 DIR holds gsm8k/train.jsonl. The model is a random Llama of 25M parameters, fp32, one engine on one CPU thread, 64 tokens an
 answer (random weights seldom end earlier), so that the engine is what takes the time. The sides take turns; each figure is the
-median of `--runs`, with the lowest and the highest. A side's seconds begin when its engine is up.
+median of `--runs`, with the lowest and the highest. A side's seconds begin when its engine is up; for R2, where the other side
+does not tell, they are those of all rows less those of one row, engine start included, on both sides.
 
-    R1           raw vllm.LLM.generate of all prompts ÷ our stage: read, prompt, generate, grade, Parquet; seconds
+    R1           raw vllm.LLM.generate of all prompts, then grading them one by one ÷ our stage: read, prompt, generate, grade,
+                 Parquet; seconds
+    R2           output tokens/s of our stage ÷ of ray.data.llm's build_processor as it comes; lengths of a long tail: answers
+                 drawn at temperature 1 end at the first of a set of letters, after 512 tokens at the latest
     R3           rationales/s of our stage ÷ of transformers' generate, one prompt at a time
     R4           our seconds with 1,000 shared tokens before 200 own ÷ with them after
     R4_over_raw  R4 ÷ the same of the raw engine
     R6_repeat    tokens generated twice ÷ tokens, when the engine is killed with half of the rows on disk
+    R8_reload    seconds until a kept engine has new weights ÷ until a new one is up, its process and imports included
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,9 +62,29 @@ directory, prompts, tokens = json.loads(sys.stdin.read())
 llm = LLM(directory, dtype="float32", enforce_eager=True, distributed_executor_backend="uni", enable_prefix_caching=True,
           enable_chunked_prefill=False, max_num_batched_tokens=8192, max_model_len=2048, disable_log_stats=True)
 start = time.perf_counter()
-llm.chat(prompts, SamplingParams(temperature=0.0, max_tokens=tokens), use_tqdm=False)
+answers = llm.chat(prompts, SamplingParams(temperature=0.0, max_tokens=tokens), use_tqdm=False)
+from undo_ray.grading import grader
+for answer in answers:
+    grader("number")(answer.outputs[0].text, {"answer": "1"})
 print("SECONDS", time.perf_counter() - start)
 """
+
+RELOAD = """
+import json, sys, time
+from undo_ray.config import Engine, Sampling
+from undo_ray.engines.vllm import VLLM
+directory, [other], tokens = json.loads(sys.stdin.read())
+engine = VLLM(directory, Engine(kind="vllm", context=2048), Sampling(max_tokens=tokens))
+up = time.time()
+assert engine.load(other)
+print("SECONDS", time.time() - up, up)
+"""
+
+STOPS = tuple("QZXJ")
+"""End an answer of R2."""
+LONGEST = 512
+"""Tokens of an answer of R2."""
+PLAINLY = Sampling(max_tokens=TOKENS)
 
 PLAIN = """
 import json, sys, time, torch
@@ -77,17 +103,29 @@ print("SECONDS", time.perf_counter() - start)
 
 def alone(code: str, directory: str, prompts: list[Any]) -> float:
     """Seconds that a side without Ray takes, in a process of its own."""
+    return said(code, directory, prompts)[0]
+
+
+def said(code: str, directory: str, prompts: list[Any]) -> list[float]:
+    """What such a process says of its times."""
     done = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps([directory, prompts, TOKENS]), capture_output=True, text=True
     )
     line = next((line for line in done.stdout.splitlines() if line.startswith("SECONDS")), None)
     if line is None:
         raise RuntimeError(done.stderr[-2000:])
-    return float(line.split()[1])
+    return [float(part) for part in line.split()[1:]]
 
 
-def ours(directory: str, chats: list[Any], scratch: Path, while_it_runs: Callable[[Place], None] | None = None) -> float:
-    """Seconds from the engine being up to the last Parquet file, through the loop's own pool and graders."""
+def ours(
+    directory: str,
+    chats: list[Any],
+    scratch: Path,
+    while_it_runs: Callable[[Place], None] | None = None,
+    sampling: Sampling = PLAINLY,
+) -> tuple[float, float, int]:
+    """(seconds from the engine being up to the last Parquet file, seconds in all, completion tokens), through the loop's own
+    pool and graders."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import ray.data
@@ -108,15 +146,15 @@ def ours(directory: str, chats: list[Any], scratch: Path, while_it_runs: Callabl
         judged(found, parse_solve, shared(5.0, 1.0))
         return table
 
-    kept = Place(str(place / "journal"))
+    begun, kept = time.time(), Place(str(place / "journal"))
     work = engines.Work(
         "teacher",
         Engine(kind="vllm", context=2048, batch_size=64),
         partial(str, directory),
-        Sampling(max_tokens=TOKENS),
+        sampling,
         lambda: chat_of,
         "out",
-        lambda row: [0],
+        lambda row: [zlib.crc32(row["chat"].encode())],
         kept,
     )
     watcher = threading.Thread(target=while_it_runs, args=(kept,)) if while_it_runs else None
@@ -128,7 +166,61 @@ def ours(directory: str, chats: list[Any], scratch: Path, while_it_runs: Callabl
     end = time.time()
     if watcher:
         watcher.join()
-    return end - max(start["ready"] for start in journal.starts(kept))
+    tokens = sum(line["generation"]["completion_tokens"] for line in journal.lines(kept))
+    return end - max(start["ready"] for start in journal.starts(kept)), end - begun, tokens
+
+
+def stock(directory: str, chats: list[Any], scratch: Path) -> tuple[float, int]:
+    """(seconds in all, completion tokens) of ray.data.llm with its defaults, beside what vLLM's CPU build needs to run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray.data
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    place = Path(tempfile.mkdtemp(dir=scratch))
+    pq.write_table(pa.Table.from_pylist([{"chat": json.dumps(chat)} for chat in chats]), place / "rows.parquet")
+    config = vLLMEngineProcessorConfig(
+        model_source=directory,
+        engine_kwargs={
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "distributed_executor_backend": "uni",
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": 8192,
+        },
+        runtime_env={"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
+        placement_group_config={"bundle_per_worker": {"CPU": 1}},
+        concurrency=1,
+    )
+    drawn = {"temperature": 1.0, "max_tokens": LONGEST, "stop": list(STOPS)}
+
+    def asked(row: dict[str, Any]) -> dict[str, Any]:
+        seed = zlib.crc32(row["chat"].encode())
+        return {"messages": json.loads(row["chat"]), "sampling_params": {**drawn, "seed": seed}}
+
+    processor = build_processor(config, preprocess=asked, postprocess=lambda row: {"tokens": row["num_generated_tokens"]})
+    begun = time.time()
+    processor(ray.data.read_parquet(str(place / "rows.parquet"))).write_parquet(str(place / "out"))
+    seconds = time.time() - begun
+    return seconds, sum(pq.read_table(place / "out")["tokens"].to_pylist())
+
+
+def heavy_tailed(directory: str, chats: list[Any], scratch: Path) -> float:
+    """R2 of one run."""
+    sampling = Sampling(temperature=1.0, max_tokens=LONGEST, stop=STOPS)
+    (one, few), (many, all_of_stock) = (stock(directory, part, scratch) for part in (chats[:1], chats))
+    (_, our_one, our_few), (_, our_many, our_all) = (
+        ours(directory, part, scratch, sampling=sampling) for part in (chats[:1], chats)
+    )
+    return ((our_all - our_few) / (our_many - our_one)) / ((all_of_stock - few) / (many - one))
+
+
+def reloaded(directory: str, other: str) -> float:
+    """R8_reload of one run."""
+    begun = time.time()
+    seconds, up = said(RELOAD, directory, [other])
+    return seconds / (up - begun)
 
 
 def killed_halfway(directory: str, chats: list[Any], scratch: Path) -> float:
@@ -185,6 +277,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--only", nargs="+", help="of R1 (with R3), R2, R4 (with R4_over_raw), R6_repeat, R8_reload")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with (options.data / "gsm8k/train.jsonl").open(encoding="utf-8", newline="\n") as file:
@@ -194,25 +287,36 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as home:
         scratch = Path(home)
-        directory = make(scratch / "model", questions[:2000])
+        directory, other = (make(scratch / name, questions[:2000]) for name in ("model", "other"))
         chats = [[{"role": "user", "content": question}] for question in questions[: options.rows]]
         few, words = options.rows // 4, " ".join(questions).split()
         first, last = (prompts_of(words, directory, few, order) for order in (True, False))
-        for _ in range(options.runs):
-            raw, own = alone(RAW, directory, chats), ours(directory, chats, scratch)
-            single = alone(PLAIN, directory, chats[:few])
-            ratio = ours(directory, first, scratch) / ours(directory, last, scratch)
-            of_raw = alone(RAW, directory, first) / alone(RAW, directory, last)
-            for key, value in {
+
+        def whole_stage() -> dict[str, float]:
+            raw, (own, _, tokens) = alone(RAW, directory, chats), ours(directory, chats, scratch)
+            return {
                 "R1": raw / own,
-                "R3": (len(chats) / own) / (few / single),
-                "R4": ratio,
-                "R4_over_raw": ratio / of_raw,
-                "R6_repeat": killed_halfway(directory, chats, scratch),
-                "stage_tokens_per_second": len(chats) * TOKENS / own,
-                "raw_tokens_per_second": len(chats) * TOKENS / raw,
-            }.items():
-                found.setdefault(key, []).append(value)
+                "R3": (len(chats) / own) / (few / alone(PLAIN, directory, chats[:few])),
+                "stage_tokens_per_second": tokens / own,
+                "raw_tokens_per_second": tokens / raw,
+            }
+
+        def shared_part() -> dict[str, float]:
+            ratio = ours(directory, first, scratch)[0] / ours(directory, last, scratch)[0]
+            return {"R4": ratio, "R4_over_raw": ratio / (alone(RAW, directory, first) / alone(RAW, directory, last))}
+
+        sides: dict[str, Callable[[], dict[str, float]]] = {
+            "R1": whole_stage,
+            "R2": lambda: {"R2": heavy_tailed(directory, chats, scratch)},
+            "R4": shared_part,
+            "R6_repeat": lambda: {"R6_repeat": killed_halfway(directory, chats, scratch)},
+            "R8_reload": lambda: {"R8_reload": reloaded(directory, other)},
+        }
+        for _ in range(options.runs):
+            for side in [sides[name] for name in sides if not options.only or name in options.only]:
+                for key, value in side().items():
+                    found.setdefault(key, []).append(value)
+                    print(f"{key} {value:.3g}", file=sys.stderr, flush=True)
     print("| | median | lowest | highest |\n|---|---|---|---|")
     for key, values in found.items():
         print(f"| {key} | {statistics.median(values):.3g} | {min(values):.3g} | {max(values):.3g} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,15 @@ WILD = "teacher.sampling={temperature = 2.0, max_tokens = 96}"
 """A third of the teacher's rationales come out wrong."""
 
 
+ASKING = ("teacher.regenerate=failed", "teacher.samples=2", WILD, "teacher.hints=cascade", "teacher.cache=true")
+
+
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that asks again about failed questions alone: up to twice plainly, then with the answer, then with the solution."""
     run_dir = tmp_path_factory.mktemp("failed") / "run"
     # As many tokens as it takes for some attempts to be right: the skill `tens` is learnt first.
-    asking = ("teacher.regenerate=failed", "teacher.samples=2", WILD, "teacher.hints=cascade")
-    assert "hints: cascade; the teacher wrote" in runs.run("mini", run_dir, *SMALL, "student.tokens=24000", *asking)
+    assert "hints: cascade; the teacher wrote" in runs.run("mini", run_dir, *SMALL, "student.tokens=24000", *ASKING)
     return run_dir
 
 
@@ -93,6 +96,20 @@ def test_hinted_lessons_are_marked_and_counted(failed: Path) -> None:
     assert runs.report(failed)["rounds"][0]["hinted"]["answer"]["accepted"] > 0, "a hint helps even this teacher"
     assert runs.report(failed)["hints"] == "cascade"
     assert all(row["solution"] for row in by_id(failed, "problems").values())
+
+
+def test_a_run_with_another_student_takes_what_the_teacher_wrote_for_the_first(failed: Path) -> None:
+    again = failed.parent / "again"
+    runs.run("mini", again, *SMALL, "student.tokens=2000", *ASKING, "rounds=0")
+    stage = json.loads((again / "round-00/rationales/manifest.json").read_text())["figures"]
+    [record], first = runs.report(again)["rounds"], runs.report(failed)["rounds"][0]
+    assert stage["reused"] == {"generations": first["rationales"], **first["teacher_tokens"]}
+    assert record["teacher_tokens"] == dict.fromkeys(("prompt", "cached", "completion"), 0)
+    texts = [
+        {row["id"]: [candidate["text"] for candidate in row["candidates"]] for row in runs.rows(run, "round-00/rationales")}
+        for run in (failed, again)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_only_questions_with_a_low_pass_rate_are_explained_again(tmp_path: Path) -> None:
