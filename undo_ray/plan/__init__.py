@@ -152,7 +152,7 @@ def _gpus(recipe: Recipe, text: str | None, piloted: bool) -> tuple[str, int]:
         if part and not part["gpus"] and kind:
             raise UserError(
                 f"{key}.resources.gpus = 0: a plan is about GPUs; add `--set {key}.resources.gpus=1`, or measure this machine "
-                "with --pilot 50"
+                "with --pilot 50 and without --gpus"
             )
         if part and number and part["gpus"] > int(number):
             raise UserError(

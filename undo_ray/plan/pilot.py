@@ -80,9 +80,10 @@ def run(recipe: Recipe, kind: str) -> Json:
             last, rows = second, second.once("rationales", _timed, explain, rows, delta_ref, recipe)
             found["round 1 rationales"] = _made(second, "rationales", count, recipe.teacher.engine, at_once)
         if not (explained := last.manifests["rationales"]["figures"])["good"]:
+            refused = ", ".join(f"{n} {why}" for why, n in explained["refused"].items())
             raise UserError(
-                f"--pilot: of {count} questions no rationale is accepted ({explained['refused']}), so nothing can be trained "
-                "on; look at the teacher and its prompt, or give --pilot more questions",
+                f"--pilot: of {count} questions no rationale is accepted ({refused}), so there is nothing to train on; look at "
+                "the teacher and its prompt, or give --pilot more questions",
                 exit_code=3,
             )
         lessons = last.once("lessons", accept, rows, None, recipe)
