@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 
 from undo_ray import cli, config, plan
-from undo_ray.plan import known
+from undo_ray.plan import known, pilot
 from undo_ray.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+MINI = str(ROOT / "jobs/recipes/mini.toml")
 NUMINA = str(ROOT / "jobs/recipes/numina-paper.toml")
 SHAPE = {
     "hidden_size": 64,
@@ -126,7 +128,7 @@ def test_memory_and_time_of_an_engine_by_hand(recipe: Path) -> None:
     read = weights + 256 * (prompt + completion / 2) * kv
     assert tests["batch"] == 256
     assert tests["decode_seconds"] == pytest.approx(requests * completion / 256 * read / (3.35e12 * 0.7))
-    assert tests["load_seconds"] == pytest.approx(60 + weights / 2e9)
+    assert tests["load_seconds"] == pytest.approx(3 * (60 + weights / 2e9))
     wall = tests["load_seconds"] + tests["prefill_seconds"] + tests["decode_seconds"]
     assert tests["gpu_hours"] == tests["idle_gpu_hours"] == pytest.approx(wall / 3600)  # one of two GPUs
 
@@ -221,6 +223,8 @@ def test_the_sizes_are_those_of_the_files(data_dir: Path) -> None:
         (("--tokens", "question=x"), "--tokens question=x: 'x' is no count of tokens"),
         (("--tokens", "word=1"), "with one of question, rationale, attempt, diagnosis"),
         (("--set", "student.resources.gpus=0"), "student.resources.gpus = 0: a plan is about GPUs; add `--set student"),
+        (("--pilot", "0"), "--pilot 0: no count of questions; write it as --pilot 50"),
+        (("--pilot", "9", "--tokens", "question=80"), "--pilot measures lengths and loads the models; leave out --tokens"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_heavy_is_imported(arguments: tuple[str, ...], expected: str) -> None:
@@ -232,6 +236,61 @@ def test_bad_input_is_one_line_and_nothing_heavy_is_imported(arguments: tuple[st
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr
+
+
+def test_a_pilot_measures_what_a_run_would_do(tmp_path: Path) -> None:
+    """Its tokens are counted again here, on the questions that a run teaches first, with plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from undo_ray import problems
+    from undo_ray.mini import models
+
+    command = [sys.executable, "-m", "undo_ray", "plan", MINI, "--pilot", "16", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+    found = json.loads(done.stdout)
+    taught, attempts, again, training = found["pilot"]["stages"].values()
+
+    rows = problems._Sources(config.load(MINI)).roles()[0]
+    asked = [row["question"] for row in rows if row["split"] == "train"][:16]
+    asked += [row["question"] for row in rows if row["split"] == "show"]
+    prompts = [f"<bos> <user> {question} <assistant>" for question in asked]
+    for each, model in ((taught, models.teacher(0)), (attempts, models.student(0))):
+        batch = AutoTokenizer.from_pretrained(model)(prompts, padding=True, return_tensors="pt", add_special_tokens=False)
+        lm = AutoModelForCausalLM.from_pretrained(model)
+        with torch.inference_mode():
+            written = lm.generate(**batch, max_new_tokens=96, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        assert each["requests"] == 36
+        assert each["prompt"] * 36 == pytest.approx(int(batch["attention_mask"].sum()))
+        # Sums in another order may turn a near tie of the untrained student.
+        assert each["completion"] * 36 == pytest.approx(int((written != lm.config.pad_token_id).sum()), rel=0.02)
+        assert each["tokens_per_second"] == pytest.approx(each["completion"] * 36 / each["work_seconds"])
+        assert 0 < each["start_seconds"] < each["load_seconds"] and (each["in_flight"], each["room"]) == (32, 32)
+    # From round 1 on 20 examples, each with its question, come before the question and are computed once.
+    assert again["shown"] == 20 and again["requests"] == again["in_flight"] == 16
+    assert 20 * (taught["prompt"] - 3) < again["cached"] < again["prompt"] - (taught["prompt"] - 3)
+    assert taught["good"] > 0.8 and attempts["good"] < 0.2  # a trained teacher, and a student that knows nothing
+    assert training["lessons_per_question"] <= again["good"]
+    assert found["pilot"]["seconds"] > sum(each["load_seconds"] + each["work_seconds"] for each in (taught, attempts, again))
+
+    # 1,000 + 20 questions on two replicas; four tests of 400; 700,000 tokens on one worker.
+    first, tests = found["rounds"][0]["stages"], found["tests"]
+    assert first["rationales"]["wall_seconds"] == pytest.approx(taught["load_seconds"] + 1020 * taught["work_seconds"] / 36 / 2)
+    assert found["rounds"][0]["teacher_tokens"]["prompt"] == round(1020 * taught["prompt"])
+    assert found["rounds"][2]["teacher_tokens"]["cached"] == round(1000 * again["cached"])
+    assert tests["wall_seconds"] == pytest.approx(4 * attempts["load_seconds"] + 1600 * attempts["work_seconds"] / 36 / 2)
+    speed = training["tokens"] / training["work_seconds"]
+    assert first["student"]["wall_seconds"] == pytest.approx(training["load_seconds"] + 700_000 / speed)
+    assert found["gpu_hours"] == 0 and found["gpus"] == {"kind": "CPU", "count": 0} and found["wall_hours"] > 0
+    assert all("from the pilot: " in formula for formula in found["formulas"])
+    assert "36 requests of" in plan.table(found, "t")
+
+
+def test_a_pilot_is_for_the_gpus_of_its_machine(cluster: None) -> None:
+    with pytest.raises(UserError, match="--gpus H100: --pilot measures this machine, which is a "):
+        pilot.run(config.load(MINI), "H100")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"num_attention_heads": 0, "hidden_size": 8}'])

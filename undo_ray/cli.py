@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from undo_ray import __version__, config
 from undo_ray.types import UserError
@@ -40,12 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
     run.set_defaults(do=_run)
 
-    plan = commands.add_parser("plan", help="estimate what a recipe would cost on given GPUs, without any")
+    plan = commands.add_parser("plan", help="estimate what a recipe would cost on given GPUs, without any or from a pilot")
     plan.add_argument("recipe", help="TOML file")
     plan.add_argument("--gpus", metavar="KIND[:N]", help="e.g. H200:16, with replicas and workers to fill them; default: H100s")
     plan.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe")
     plan.add_argument("--tokens", metavar="KEY=N", action="append", default=[], help="mean length of question, rationale, …")
     plan.add_argument("--shape", metavar="ROLE=DIR", action="append", default=[], help="folder with a model's config.json")
+    plan.add_argument("--pilot", metavar="N", help="measure on this machine first: N questions through the recipe's stages")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(do=_plan)
 
@@ -102,12 +104,28 @@ def _quiet() -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     import json
+    from functools import partial
 
     from undo_ray import plan
 
     recipe = config.load(options.recipe, options.set)
-    found = plan.plan(recipe, options.gpus, options.tokens, options.shape)
+    pilot = None if options.pilot is None else partial(_pilot, recipe, options.pilot)
+    found = plan.plan(recipe, options.gpus, options.tokens, options.shape, pilot)
     print(json.dumps(found, indent=2) if options.json else plan.table(found, options.recipe))
+
+
+def _pilot(recipe: config.Recipe, count: str, kind: str) -> dict[str, Any]:
+    """What `pilot.run` measures, on the Ray that a run would have."""
+    _quiet()
+    from undo_ray.plan import pilot
+
+    small = pilot.small(recipe, count)
+    from undo_ray import loop
+
+    small = loop.located(small)
+    loop.start_ray(verbose=False)
+    loop.check_placement(small)
+    return pilot.run(small, kind)
 
 
 def _show(options: argparse.Namespace) -> None:

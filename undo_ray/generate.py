@@ -327,7 +327,7 @@ def attempt(rows: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
 
     Fills `attempt`, `history` and, with `student.samples` above 1, `resampled`.
     """
-    counts = _attempt(rows, student, recipe, (TRAIN,), out.round - 1, out, recipe.student.samples)
+    counts = answer(rows, student, recipe, (TRAIN,), out.round - 1, out, recipe.student.samples)
     out.note(train=asdict(gap.score(counts, TRAIN)))
 
 
@@ -336,20 +336,21 @@ def measure(rows: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
     from ray.data.expressions import col
 
     kept = rows.filter(expr=col("split").is_in([SHOW, SELECT]))
-    counts = _attempt(kept, student, recipe, (SHOW, SELECT), out.round, out)
+    counts = answer(kept, student, recipe, (SHOW, SELECT), out.round, out)
     out.value = gap.measured(out.round, split_rows(out.files(), SHOW), counts, recipe.data.shared).to_json()
 
 
 def test(problems: Dataset, student: str, recipe: Recipe, out: Stage) -> None:
     """A model's answers to the test questions: the stage's value is {test name: Score as JSON}."""
     names = [test_name(source) for source in recipe.data.tests]
-    counts = _attempt(problems, student, recipe, names, out.round, out)
+    counts = answer(problems, student, recipe, names, out.round, out)
     out.value = {name: asdict(gap.score(counts, name)) for name in names}
 
 
-def _attempt(
+def answer(
     rows: Dataset, student: str, recipe: Recipe, splits: Collection[str], k: int, out: Stage, samples: int = 1
 ) -> gap.Tally:
+    """Student(k)'s answers to the questions of these splits, and their tally; training questions enter them in `history`."""
     seeds, judge = partial(_seeds, recipe.seed, "attempt", k, range(samples)), partial(_judge_attempt, k=k)
     _resumed(out)
     out.progress.total(rows.count())

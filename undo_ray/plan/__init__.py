@@ -1,20 +1,21 @@
 """`undo-ray plan`: what a recipe would cost on given GPUs, before anything runs.
 
 A roofline estimate from data sheets, the shapes of the models and the recipe's own prompt templates, every figure with its
-formula; docs/plan.md says what is left out. No GPU, no Ray and no torch is needed.
+formula; docs/plan.md says what is left out. No GPU, no Ray and no torch is needed, unless a pilot is to measure (pilot.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 from undo_ray import prompts, tasks
 from undo_ray.config import Engine, Recipe, Student
-from undo_ray.plan.known import GPUS, LENGTHS, Gpu, Lengths, Model, model_of, size_of
+from undo_ray.plan.known import GPUS, LENGTHS, SEQUENCES, Gpu, Lengths, Model, model_of, size_of
+from undo_ray.plan.pilot import Pilot
 from undo_ray.plan.text import table
 from undo_ray.prompts import Case
 from undo_ray.report import money
@@ -37,8 +38,6 @@ MFU, TRAINING_MFU, OF_BANDWIDTH, OF_MEMORY = 0.5, 0.35, 0.7, 0.9
 """Assumed: the share of peak FLOP/s in prefill and in training, of bandwidth in decoding; of memory, vLLM's default."""
 LOAD, START = 2e9, 60.0
 """Assumed: bytes a second at which a replica reads its weights; seconds that an engine or a training run takes to start."""
-SEQUENCES = 256
-"""Requests a replica decodes at a time, where memory allows, if `engine.kwargs.max_num_seqs` says nothing: vLLM's default."""
 QUANTISED = {"fp8": 1.0, "awq": 0.5, "awq_marlin": 0.5, "gptq": 0.5, "gptq_marlin": 0.5, "bitsandbytes": 0.5}
 """Bytes of a weight by `engine.kwargs.quantization`."""
 RUNTIME = 2e9
@@ -48,38 +47,54 @@ PAPER_HOURS = 2800
 """GPU-hours (GH200) that the paper gives for the teacher's part of one round (arXiv 2504.02521)."""
 
 
-def plan(recipe: Recipe, gpus: str | None, lengths: Sequence[str] = (), shapes: Sequence[str] = ()) -> Json:
+def plan(
+    recipe: Recipe,
+    gpus: str | None,
+    lengths: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    pilot: Callable[[str], Json] | None = None,
+) -> Json:
     """The plan as JSON; docs/plan.md has its keys.
 
-    `gpus`: `KIND` or `KIND:COUNT`; `lengths`: `question=80`…; `shapes`: `teacher=DIR` for models not in `MODELS`. Raises
-    UserError for an unknown GPU or model, a set of unknown size, and an engine without GPUs.
+    `gpus`: `KIND` or `KIND:COUNT`; `lengths`: `question=80`…; `shapes`: `teacher=DIR` for models not in `MODELS`; `pilot`: is
+    given the kind of `gpus` or "" and measures (see `pilot.run`). Raises UserError for an unknown GPU or model, a set of
+    unknown size, and an engine without GPUs where nothing is measured.
     """
-    kind, gpu, count = _gpus(recipe, gpus)
+    kind, count = _gpus(recipe, gpus, piloted=pilot is not None)
     recipe = recipe if gpus is None or ":" not in gpus else _filled(recipe, count)
-    given = dict(_pair(shape, "--shape", ("teacher", "student")) for shape in shapes)
-    student = model_of("student", recipe.student.model, given)
-    teacher = None if recipe.teacher.engine.remote else model_of("teacher", recipe.teacher.model, given)
-    asked, known = _questions(recipe), _lengths(recipe, lengths)
+    asked = _questions(recipe)
+    costs: Table | Pilot
+    sheet: Json = {}
+    beside: Json = {"lengths": None, "memory": {}, "templates": None, "pilot": None}
+    if pilot:
+        if lengths or shapes:
+            raise UserError("--pilot measures lengths and loads the models; leave out --tokens and --shape")
+        beside["pilot"] = pilot(kind)
+        kind, costs = beside["pilot"]["machine"], Pilot(recipe, asked, beside["pilot"]["stages"])
+    else:
+        given = dict(_pair(shape, "--shape", ("teacher", "student")) for shape in shapes)
+        student = model_of("student", recipe.student.model, given)
+        teacher = None if recipe.teacher.engine.remote else model_of("teacher", recipe.teacher.model, given)
+        known, gpu = _lengths(recipe, lengths), GPUS[kind]
+        sheet, costs = asdict(gpu), Table(recipe, asked, known, teacher, student, gpu)
+        beside |= {"lengths": asdict(known), "memory": _memory(recipe, teacher, student, gpu)}
+        beside["templates"] = _templates(recipe, known, asked, teacher, gpu) if teacher else None
     formulas: list[str] = []
-    rounds = [_round(recipe, known, asked, k, teacher, student, gpu, count, formulas) for k in range(recipe.rounds + 1)]
+    rounds = [_round(recipe, asked, k, costs, count, formulas) for k in range(recipe.rounds + 1)]
     tests = None
-    if asked["tests"]:  # the base model and the student of every round
-        answered = (recipe.rounds + 2) * asked["tests"]
-        tests = _stage(
-            _answers(student, recipe.student.engine, gpu, _solving(recipe, known, answered), formulas, "tests"), count
-        )
+    if asked["tests"]:  # the base model and the student of every round, each in a stage of its own
+        times = recipe.rounds + 2
+        tests = _stage(costs.answers(times * asked["tests"], formulas, "tests", times), count)
     parts = [*rounds, tests] if tests else rounds
     hours = sum(part["gpu_hours"] for part in parts)
     tokens = {name: sum(entry["teacher_tokens"][name] for entry in rounds) for name in ("prompt", "cached", "completion")}
     return {
-        "gpus": {"kind": kind, "count": count, **asdict(gpu)},
+        "gpus": {"kind": kind, "count": count, **sheet},
         "placement": _placement(recipe),
         "questions": asked,
-        "lengths": asdict(known),
+        **beside,
         "rounds": rounds,
         "tests": tests,
-        "memory": _memory(recipe, teacher, student, gpu),
-        "templates": _templates(recipe, known, asked, teacher, gpu) if teacher else None,
         "gpu_hours": hours,
         "wall_hours": sum(part["wall_seconds"] for part in parts) / 3600,
         "money": money(recipe.prices, tokens, hours * 3600),
@@ -87,27 +102,64 @@ def plan(recipe: Recipe, gpus: str | None, lengths: Sequence[str] = (), shapes: 
     }
 
 
+@dataclass(frozen=True)
+class Table:
+    """What the stages of a run take by data sheets and assumed efficiencies; to `formulas` goes how it was computed."""
+
+    recipe: Recipe
+    asked: Json
+    known: Lengths
+    teacher_model: Model | None
+    student_model: Model
+    gpu: Gpu
+
+    def teacher(self, k: int) -> Json:
+        """{shown, teacher_tokens} of round k."""
+        texts = self._texts(k)
+        return {"shown": texts.shown, "teacher_tokens": texts.total()}
+
+    def rationales(self, k: int, formulas: list[str]) -> Json | None:
+        """The teacher's part of round k; None behind an endpoint."""
+        model, engine = self.teacher_model, self.recipe.teacher.engine
+        return _answers(model, engine, self.gpu, self._texts(k), formulas, f"round {k} rationales") if model else None
+
+    def answers(self, requests: int, formulas: list[str], name: str, stages: int = 1) -> Json:
+        """The student's answers to plain questions, in so many stages."""
+        texts = Texts(requests, _plain(self.recipe, self.known), 0.0, self.known.attempt)
+        return _answers(self.student_model, self.recipe.student.engine, self.gpu, texts, formulas, name, stages)
+
+    def training(self, formulas: list[str]) -> Json:
+        """The training of one round."""
+        return _training(self.recipe, self.known, self.asked["train"], self.student_model, self.gpu, formulas)
+
+    def _texts(self, k: int) -> Texts:
+        return _texts(self.recipe, self.known, self.asked, k, self.recipe.teacher.template, self.teacher_model)
+
+
 # -- what is asked ------------------------------------------------------------------------------------------------------
 
 
-def _gpus(recipe: Recipe, text: str | None) -> tuple[str, Gpu, int]:
-    """(kind, figures, how many): by default as many as the recipe's largest stage holds."""
-    kind, _, number = (text or "H100").partition(":")
-    if kind not in GPUS:
+def _gpus(recipe: Recipe, text: str | None, piloted: bool) -> tuple[str, int]:
+    """(kind, how many): by default as many H100s as the recipe's largest stage holds, and with a pilot "" of the kind."""
+    kind, _, number = (text or ("" if piloted else "H100")).partition(":")
+    if kind not in (GPUS if text or not piloted else ("",)):
         raise UserError(f"--gpus {text}: {kind} is not in the table; use one of {', '.join(GPUS)}, as in --gpus H200:16")
     if number and not (number.isascii() and number.isdigit() and int(number)):
         raise UserError(f"--gpus {text}: {number!r} is no count; write it as --gpus {kind}:16")
     parts = _placement(recipe)
     for key in ("teacher.engine", "student.engine", "student"):
         part = parts[key]
-        if part and not part["gpus"]:
-            raise UserError(f"{key}.resources.gpus = 0: a plan is about GPUs; add `--set {key}.resources.gpus=1`")
+        if part and not part["gpus"] and kind:
+            raise UserError(
+                f"{key}.resources.gpus = 0: a plan is about GPUs; add `--set {key}.resources.gpus=1`, or measure this machine "
+                "with --pilot 50 and without --gpus"
+            )
         if part and number and part["gpus"] > int(number):
             raise UserError(
                 f"--gpus {text}: one {part['what']} of {key} takes {part['gpus']:g}; give more, or lower resources.gpus"
             )
     most = math.ceil(max(part["gpus"] * part["count"] for part in parts.values() if part))
-    return kind, GPUS[kind], int(number) if number else most
+    return kind, int(number) if number else most
 
 
 def _placement(recipe: Recipe) -> Json:
@@ -237,11 +289,6 @@ def _case(known: Lengths, letter: str, past: int) -> Case:
     return Case(_filler(letter, known.question), before, "1", _filler(letter, known.attempt), "1", True)
 
 
-def _solving(recipe: Recipe, known: Lengths, requests: int) -> Texts:
-    """The student's answers to plain questions."""
-    return Texts(requests, _plain(recipe, known), 0.0, known.attempt)
-
-
 def _plain(recipe: Recipe, known: Lengths) -> float:
     """Tokens of the prompt that asks a question alone."""
     return _length(prompts.solve(_filler("q", known.question), _instruction(recipe))) + CHAT
@@ -256,7 +303,7 @@ def weight_bytes(model: Model, engine: Engine) -> float:
     return model.parameters * QUANTISED.get(str(engine.kwargs.get("quantization")), plain)
 
 
-def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: list[str], name: str) -> Json:
+def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: list[str], name: str, stages: int = 1) -> Json:
     """What the answers take on the engine's replicas: prefill bound by FLOP/s, decoding by bandwidth or FLOP/s."""
     requests, prompt, cached, completion = texts.requests, texts.prompt, texts.cached, texts.completion
     each, replicas = engine.resources.gpus, engine.replicas
@@ -269,7 +316,7 @@ def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: lis
     moved = (weights + batch * context * model.kv_bytes) / (each * gpu.bandwidth * OF_BANDWIDTH)
     step = max(moved, batch * model.flops(context) / peak)
     decode = requests * completion / (replicas * batch) * step
-    load = START + weights / LOAD
+    load = stages * (START + weights / LOAD)
     held = each * replicas
     fresh, flops = prompt - cached, model.flops((prompt + cached) / 2) / 1e9
     speed, read = peak / each / 1e12, gpu.bandwidth * OF_BANDWIDTH / 1e12
@@ -282,7 +329,7 @@ def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: lis
         f"{step * 1e3:,.1f} ms",
         f"{name}: decoding = {requests:,.0f} × {completion:,.0f} tokens ÷ ({replicas} replicas × {batch:,.0f}) × step = "
         f"{decode:,.0f} s",
-        f"{name}: loading = {START:g} s + {weights / 1e9:,.1f} GB ÷ {LOAD / 1e9:g} GB/s = {load:,.0f} s",
+        f"{name}: loading = {stages} × ({START:g} s + {weights / 1e9:,.1f} GB ÷ {LOAD / 1e9:g} GB/s) = {load:,.0f} s",
     ]
     return {
         "gpus": held,
@@ -317,34 +364,20 @@ def _stage(figures: Json, count: int) -> Json:
     return {**figures, "idle_gpu_hours": (count - figures["gpus"]) * figures["wall_seconds"] / 3600}
 
 
-def _round(
-    recipe: Recipe,
-    known: Lengths,
-    asked: Json,
-    k: int,
-    teacher: Model | None,
-    student: Model,
-    gpu: Gpu,
-    count: int,
-    formulas: list[str],
-) -> Json:
-    texts = _texts(recipe, known, asked, k, recipe.teacher.template, teacher)
-    engine, kept = recipe.student.engine, formulas if k < 2 else []  # later rounds differ in their numbers alone
-    measured = _solving(recipe, known, asked["show"] + asked["select"])
+def _round(recipe: Recipe, asked: Json, k: int, costs: Table | Pilot, count: int, formulas: list[str]) -> Json:
+    kept = formulas if k < 2 else []  # later rounds differ in their numbers alone
     stages = {}
     if k:
-        attempts = _solving(recipe, known, asked["train"])
-        stages["attempts"] = _answers(student, engine, gpu, attempts, kept, f"round {k} attempts")
-    if teacher:
-        stages["rationales"] = _answers(teacher, recipe.teacher.engine, gpu, texts, kept, f"round {k} rationales")
+        stages["attempts"] = costs.answers(asked["train"] * recipe.student.samples, kept, f"round {k} attempts")
+    if (rationales := costs.rationales(k, kept)) is not None:
+        stages["rationales"] = rationales
     if k or not recipe.round0.startswith("student:"):
-        stages["student"] = _training(recipe, known, asked["train"], student, gpu, kept)
-    stages["measure"] = _answers(student, engine, gpu, measured, [], "")
+        stages["student"] = costs.training(kept)
+    stages["measure"] = costs.answers(asked["show"] + asked["select"], [], "")
     stages = {name: _stage(figures, count) for name, figures in stages.items()}
     return {
         "round": k,
-        "shown": texts.shown,
-        "teacher_tokens": texts.total(),
+        **costs.teacher(k),
         "stages": stages,
         "gpu_hours": sum(figures["gpu_hours"] for figures in stages.values()),
         "wall_seconds": sum(figures["wall_seconds"] for figures in stages.values()),

@@ -23,14 +23,18 @@ class Gpu:
 
 
 GPUS = {
-    "A100": Gpu(80e9, 2.039e12, 312e12),  # NVIDIA A100 data sheet, SXM 80 GB
-    "H100": Gpu(80e9, 3.35e12, 989e12),  # NVIDIA H100 data sheet, SXM
-    "H200": Gpu(141e9, 4.8e12, 989e12),  # NVIDIA H200 data sheet, SXM
-    "GH200": Gpu(96e9, 4.0e12, 989e12),  # NVIDIA GH200 data sheet, 96 GB HBM3: the paper's machine
-    "B200": Gpu(180e9, 7.7e12, 2250e12),  # NVIDIA DGX B200 data sheet, an eighth of the system
-    "L40S": Gpu(48e9, 0.864e12, 362e12),  # NVIDIA L40S data sheet
-    "L4": Gpu(24e9, 0.3e12, 121e12),  # NVIDIA L4 data sheet
+    "A100": Gpu(80e9, 2.039e12, 312e12),  # SXM 80 GB
+    "H100": Gpu(80e9, 3.35e12, 989e12),  # SXM
+    "H200": Gpu(141e9, 4.8e12, 989e12),  # SXM
+    "GH200": Gpu(96e9, 4.0e12, 989e12),  # 96 GB HBM3: the paper's machine
+    "B200": Gpu(180e9, 7.7e12, 2250e12),  # of a DGX B200; bandwidth by its bus and clock
+    "L40S": Gpu(48e9, 0.864e12, 362e12),
+    "L4": Gpu(24e9, 0.3e12, 121e12),
 }
+"""By NVIDIA's data sheets, which docs/plan.md names."""
+
+SEQUENCES = 256
+"""Requests a replica decodes at a time, where memory allows, if `engine.kwargs.max_num_seqs` says nothing: vLLM's default."""
 
 
 @dataclass(frozen=True, slots=True)

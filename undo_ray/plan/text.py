@@ -9,15 +9,22 @@ Json = dict[str, Any]
 
 def table(found: Json, title: str) -> str:
     """The plan as text."""
-    gpu, asked, known = found["gpus"], found["questions"], found["lengths"]
+    gpu, asked, known, pilot = found["gpus"], found["questions"], found["lengths"], found["pilot"]
+    head = (
+        _measured(pilot)
+        if pilot
+        else [
+            f"an estimate from its data sheet ({gpu['memory'] / 1e9:g} GB, {gpu['bandwidth'] / 1e12:g} TB/s, "
+            f"{gpu['peak'] / 1e12:g} TFLOP/s bf16) and assumed efficiencies (docs/plan.md), nothing was measured",
+            "tokens each: " + ", ".join(f"{name} {tokens:g}" for name, tokens in known.items()) + " (change with --tokens)",
+        ]
+    )
     lines = [
-        f"{title} on {gpu['count']} × {gpu['kind']} ({gpu['memory'] / 1e9:g} GB, {gpu['bandwidth'] / 1e12:g} TB/s, "
-        f"{gpu['peak'] / 1e12:g} TFLOP/s bf16)",
-        "an estimate from data sheets and assumed efficiencies (docs/plan.md), nothing was measured",
+        f"{title} on " + (f"{gpu['count']} × {gpu['kind']}" if gpu["count"] else "CPUs alone"),
+        *head,
         "",
         "placement: " + ", ".join(f"{key} {p['count']} × {p['gpus']:g} GPUs" for key, p in found["placement"].items() if p),
         f"questions: {asked['train']:,} taught, {asked['show']} shown, {asked['select']} select, {asked['tests']:,} of tests",
-        "tokens each: " + ", ".join(f"{name} {tokens:g}" for name, tokens in known.items()) + " (change with --tokens)",
         "",
     ]
     rows = [["round", "stage", "GPUs", "loading s", "wall", "GPU-hours", "idle GPU-hours", "teacher tokens"]]
@@ -33,13 +40,29 @@ def table(found: Json, title: str) -> str:
     lines += ["", f"in all: {found['gpu_hours']:,.1f} GPU-hours, {found['wall_hours']:,.1f} hours"]
     spent = {kind: amount for kind, amount in found["money"].items() if amount is not None}
     lines += ["money: " + ", ".join(f"{amount:,.2f} on {kind}" for kind, amount in spent.items())] if spent else []
-    lines += ["", "memory of one GPU, GB:"]
+    lines += ["", "memory of one GPU, GB:"] if found["memory"] else []
     for key, fit in found["memory"].items():
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in fit["bytes"].items() if size)
         verdict = "fits" if fit["fits"] else "DOES NOT FIT"
         lines.append(f"  {key}: {sum(fit['bytes'].values()) / 1e9:.1f} of {fit['limit'] / 1e9:.1f}, {verdict} ({parts})")
     lines += _compared(found["templates"]) if found["templates"] else []
     return "\n".join([*lines, "", "formulas:", *(f"  {formula}" for formula in found["formulas"])])
+
+
+def _measured(pilot: Json) -> list[str]:
+    *made, training = pilot["stages"].values()
+    return [
+        f"measured on this machine: {pilot['questions']} questions, one replica of each engine in {pilot['seconds']:.0f} s; "
+        "where fewer requests were in flight than can be, the engine was not full and a run is faster than this",
+        *(
+            f"  {name}: {each['requests']} requests of {each['prompt']:,.1f} tokens ({each['cached']:,.1f} cached), "
+            f"{each['completion']:,.1f} written, {each['good']:.0%} good; started in {each['start_seconds']:.1f} s; "
+            f"{each['tokens_per_second']:,.0f} tokens/s with at most {each['in_flight']} of {each['room']} requests in flight"
+            for name, each in zip(pilot["stages"], made, strict=False)
+        ),
+        f"  training: {training['steps']} steps, {training['tokens']:,} tokens in {training['work_seconds']:.1f} s on "
+        f"{training['workers']} workers; {training['lessons_per_question']:.0%} of the questions gave a lesson",
+    ]
 
 
 def _row(k: str, name: str, figures: Json, tokens: Json) -> list[str]:
