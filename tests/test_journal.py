@@ -201,6 +201,8 @@ def test_a_killed_engine_is_replaced_and_its_finished_rows_are_not_asked_again(
     written = [line["key"] for line in journal.lines(place)]
     assert len(written) == len(set(written)) == 96, "no row was finished twice"
     assert len(killed[0]) >= 40
+    first, second = sorted(start["interrupted"] for start in journal.starts(place))
+    assert first == 0 < second <= 96 - len(killed[0]), "what was in flight is counted"
 
 
 @pytest.mark.parametrize("lifetime", ["stage", "run"])
@@ -254,7 +256,10 @@ def test_a_killed_driver_leaves_what_was_finished_to_the_next(tmp_path: Path) ->
     output = runs.run("mini", tmp_path / "run", *sets)
     used = re.search(r"(\d+) generations of an earlier start are used as they are", output)
     assert used and int(used[1]) >= len(kept), "an engine may have finished more before it saw that its driver was gone"
-    assert json.loads((stage / "manifest.json").read_text())["figures"]["resumed"] == int(used[1])
+    figures = json.loads((stage / "manifest.json").read_text())["figures"]
+    assert figures["resumed"] == int(used[1])
+    lost = re.search(r"(\d+) were in flight and are lost", output)
+    assert lost and figures["interrupted"] == {"driver": int(lost[1]), "engines": 0} and int(lost[1]) <= 8  # one batch
     rows = runs.rows(tmp_path / "run", "round-00/rationales")
     texts = [row["candidates"][0]["text"] for row in rows if row["candidates"]]
     assert len(texts) == 124 and set(kept.values()) <= set(texts)

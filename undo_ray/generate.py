@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
-from undo_ray.engines.journal import busy, finished, share, starts
+from undo_ray.engines.journal import busy, finished, interrupted, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
@@ -415,10 +415,10 @@ def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
 
 def _resumed(out: Stage) -> None:
     """Note and say what an earlier start of this stage left in the journal."""
-    known = finished(_journal(out))
-    out.note(resumed=known)
+    known, begun = finished(_journal(out)), interrupted(_journal(out))
+    out.note(resumed=known, interrupted={"driver": begun, "engines": 0})
     if known:
-        out.progress.say(f"{known} generations of an earlier start are used as they are")
+        out.progress.say(f"{known} generations of an earlier start are used as they are; {begun} were in flight and are lost")
 
 
 def _answered(
@@ -516,6 +516,7 @@ def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engin
     out.note(tokens=tokens, gpus=min(engine.replicas, len(begun)) * engine.resources.gpus)  # a pool may not have grown to all
     out.note(engine_start_seconds=round(max((start["seconds"] for start in begun), default=0.0), 3))
     out.note(engine_seconds=round(at_work, 3))
+    out.note(interrupted={**out.figures["interrupted"], "engines": sum(start["interrupted"] for start in begun)})
     if not failures:
         return
     place = out.quarantine

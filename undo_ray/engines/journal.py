@@ -52,6 +52,14 @@ def finished(place: Place) -> int:
     return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in _files(place, "done", ".parquet"))
 
 
+def interrupted(place: Place) -> int:
+    """Generations that were in flight when a replica or its driver was killed, and are not finished since."""
+    folders = sorted((place / "flight").names())
+    files = [file for replica in folders for file in _files(place, f"flight/{replica}", ".json")]
+    begun = {key for file in files for key in json.loads(file.read_bytes())["keys"]}
+    return len(begun - {line["key"].hex() for line in lines(place)}) if begun else 0
+
+
 def lines(place: Place, folder: str = "done") -> Iterator[Row]:
     """{key, generation, reused} of each of them."""
     for file in _files(place, folder, ".parquet"):
@@ -67,7 +75,8 @@ def share(place: Place, cache: Place) -> list[Row]:
 
 
 def starts(place: Place) -> list[Row]:
-    """{seconds, ready} of each start of a replica: how long it took, and when it was done (Unix time)."""
+    """{seconds, ready, interrupted} of each start of a replica: how long it took, when it was done (Unix time), and how many
+    generations were in flight when it died before."""
     return [json.loads(file.read_bytes()) for file in _files(place, "starts", ".json")]
 
 
@@ -96,6 +105,8 @@ class Journal:
         self._cached = {line["key"]: line["generation"] for line in shared}
         deaths = [json.loads(file.read_bytes()) for file in _files(place, f"flight/{replica}", ".json")]
         lives = len({death["life"] for death in deaths})  # each left as many files as it had batches in flight
+        newest = [death["keys"] for death in deaths if death["life"] == deaths[-1]["life"]]
+        self._interrupted = len({bytes.fromhex(key) for keys in newest for key in keys} - self._known.keys())
         self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
         self._tried = place / "failed" / f"{replica}.json"
@@ -126,7 +137,8 @@ class Journal:
 
     def started(self, seconds: float) -> None:
         """Note that the replica is up."""
-        (self._place / "starts" / f"{uuid.uuid4().hex}.json").write_json({"seconds": seconds, "ready": time.time()})
+        known = {"seconds": seconds, "ready": time.time(), "interrupted": self._interrupted}
+        (self._place / "starts" / f"{uuid.uuid4().hex}.json").write_json(known)
 
     @property
     def turn(self) -> AbstractContextManager[Any]:
