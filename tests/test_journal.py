@@ -137,9 +137,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def work(model: str, place: Path, kind: str, render: Any, max_tokens: int) -> engines.Work:
+    vllm = {"kwargs": {"max_num_seqs": 16}, "batch_size": 16}  # else all rows are in it at once and end together
     return engines.Work(
         name="teacher",
-        engine=Engine(kind=kind, context=512, batch_size=4 if kind == "transformers" else 16),
+        engine=Engine(kind=kind, context=512, **(vllm if kind == "vllm" else {"batch_size": 4})),
         model=partial(str, model),
         sampling=Sampling(temperature=1.0, max_tokens=max_tokens),
         render=lambda: render,
