@@ -33,7 +33,7 @@ demo: $(VENV)/.demo
 
 # As in an activated environment: DeepSpeed looks for ninja on PATH. Two files at a time: each mostly waits for processes to start.
 test: $(VENV)/.test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --durations 40 $(TESTFLAGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 $(TESTFLAGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -33,7 +33,9 @@ TRAIN_SPLITS = ["train"] * 300 + ["show"] * 20 + ["select"] * 50
 
 
 def engine(kind: str) -> str:
-    return f'{{kind = "{kind}", dtype = "float32", context = 4096, batch_size = 64}}'
+    # Of vLLM, whose start takes longest, one engine for the whole run; the other kind lives for a stage.
+    lifetime = ', lifetime = "run", resources = {cpus = 0.5}' if kind == "vllm" else ""
+    return f'{{kind = "{kind}", dtype = "float32", context = 4096, batch_size = 64{lifetime}}}'
 
 
 def overrides(data_dir: Path, models: Path, kind: str) -> tuple[str, ...]:
