@@ -31,9 +31,9 @@ install: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/undo-ray run jobs/recipes/mini.toml --run-dir runs/mini
 
-# As in an activated environment: DeepSpeed looks for ninja on PATH. Two files at a time: each mostly waits for processes to start.
+# As in an activated environment: DeepSpeed looks for ninja on PATH.
 test: $(VENV)/.test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 $(TESTFLAGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --durations 40 $(TESTFLAGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -48,6 +48,25 @@ def verdict(correct: bool, answer: str | None = None, reason: str | None = None)
     return {"correct": correct, "answer": answer, "reason": reason}
 
 
+# -- asked --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", sorted(prompts.TEMPLATES))
+@pytest.mark.parametrize(
+    ("feedback", "examples", "own"), [("real", True, True), ("block", True, False), ("history", False, True)]
+)
+def test_each_half_of_the_feedback_stands_alone(cluster: None, template: str, feedback: str, examples: bool, own: bool) -> None:
+    import ray
+
+    case = prompts.Case("How far?", ((0, "Far, 12."),), "12", "Near, 3.", "3", False)
+    entry = {"round": 0, "rationale": "3 x 2 = 6", "rationale_verdict": verdict(True, "6"), "diagnosis": None}
+    row = {**ROW, "history": [{**entry, "attempt": "Maybe 5.", "attempt_verdict": verdict(False, "5")}]}
+    [message] = generate._Explain(ray.put((case,)), None, template, feedback, None)(row)
+    assert QUESTION["question"] in message["content"]
+    assert ("How far?" in message["content"]) is examples
+    assert ("3 x 2 = 6" in message["content"]) is own
+
+
 # -- judged -------------------------------------------------------------------------------------------------------------
 
 

@@ -14,14 +14,14 @@ from undo_ray import gap, grading, prompts, tasks
 from undo_ray.gap import Gap
 
 SMALL = (
-    "data.train_limit=300",
+    "data.train_limit=150",
     "data.show=20",
     "data.select=50",
-    "data.test_limit=100",
+    "data.test_limit=40",
     'data.tests=["gsm8k/test", "svamp/test"]',
     "rounds=1",
     "lessons.keep_wrong=true",
-    "teacher.prompt_tokens=3000",
+    "teacher.prompt_tokens=2000",
     "teacher.sampling={temperature = 1.0, max_tokens = 64}",
     "student.sampling={temperature = 0.0, max_tokens = 32}",
     "student.epochs=1",
@@ -29,7 +29,7 @@ SMALL = (
     "student.dtype=float32",
     "student.resources={cpus = 1, gpus = 0}",
 )
-TRAIN_SPLITS = ["train"] * 300 + ["show"] * 20 + ["select"] * 50
+TRAIN_SPLITS = ["train"] * 150 + ["show"] * 20 + ["select"] * 50
 
 
 def engine(kind: str) -> str:
@@ -70,7 +70,7 @@ def check_rows(run_dir: Path) -> None:
     """What must hold of the committed rows of any two-round run with SMALL."""
     problems = runs.rows(run_dir, "problems")
     ids = [row["id"] for row in problems]
-    assert len(set(ids)) == len(ids) == 370
+    assert len(set(ids)) == len(ids) == 220
     assert sorted(row["split"] for row in problems) == sorted(TRAIN_SPLITS)
     by_split = {split: {row["id"] for row in problems if row["split"] == split} for split in ("train", "show", "select")}
 
@@ -114,12 +114,19 @@ def check_prompts(run_dir: Path) -> None:
     report = runs.report(run_dir)
     shown = delta.shown[: report["rounds"][1]["shown"]]
     assert 0 < len(shown) <= 20
-    before = {row["id"]: row for row in runs.rows(run_dir, "round-01/attempts")}
+    before, prefix = {row["id"]: row for row in runs.rows(run_dir, "round-01/attempts")}, report["rounds"][1]["prefix"]
+    asked = []
     for row in runs.rows(run_dir, "round-01/rationales")[:40]:
         if row["split"] == "train":
             instruction = tasks.get("gsm8k").instruction
             chat = prompts.TEMPLATES["prefix"].render(shown, prompts.own_case(before[row["id"]]), instruction)
-            assert row["candidates"][0]["prompt_tokens"] == len(prompt_ids(tokenizer, chat))
+            asked.append(prompt_ids(tokenizer, chat))
+            assert row["candidates"][0]["prompt_tokens"] == len(asked[-1])
+    shared = next(n for n, (one, other) in enumerate(zip(min(asked), max(asked), strict=False)) if one != other)
+    assert shared == prefix["tokens"] > 1000
+    # vLLM's CPU build keeps whole blocks of 128 tokens; the other engine keeps every token.
+    block = 128 if recipe["teacher"]["engine"]["kind"] == "vllm" else 1
+    assert prefix["cached"] >= 0.98 * (prefix["tokens"] // block * block) / prefix["tokens"]
 
 
 def check_report(run_dir: Path) -> None:
@@ -144,7 +151,7 @@ def check_report(run_dir: Path) -> None:
         stages = {"rationales", "lessons", "student", "measure"} | ({"attempts"} if record["round"] else set())
         assert set(record["seconds"]) == stages and all(seconds > 0 for seconds in record["seconds"].values())
     tests = report["rounds"][0]["tests"]["gsm8k"]
-    assert report["baseline_test_accuracy"] == tests["accuracy"] and tests["n"] == 100
+    assert report["baseline_test_accuracy"] == tests["accuracy"] and tests["n"] == 40
     assert report["final_test_accuracy"] == report["rounds"][report["best_round"]]["tests"]["gsm8k"]["accuracy"]
     assert report["base_test_accuracy"] == report["base_tests"]["gsm8k"]["accuracy"]
 
@@ -199,11 +206,11 @@ def test_two_rounds_on_gsm8k_with_vllm_resume_after_a_kill(data_dir: Path, tmp_p
 
 
 MINI = (
-    "data.train_limit=120",
-    "data.select=20",
-    "data.test_limit=40",
+    "data.train_limit=60",
+    "data.select=10",
+    "data.test_limit=20",
     "rounds=1",
-    "student.tokens=12000",
+    "student.tokens=4000",
     'teacher.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
     'student.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
     "student.resources={cpus = 1}",

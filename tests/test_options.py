@@ -53,23 +53,20 @@ def test_given_lessons_make_round_0_and_feedback_none_asks_the_plain_question(sh
     assert all(row["candidates"][0]["prompt_tokens"] == tokens[row["id"]] for row in explained)
 
 
-@pytest.mark.parametrize("feedback", ["block", "history"])
-def test_a_given_student_is_measured_as_it_is_and_each_half_of_the_feedback_stands_alone(
-    shuffled: Path, tmp_path: Path, feedback: str
-) -> None:
+def test_a_given_student_is_measured_as_it_is_and_the_shown_examples_stand_alone(shuffled: Path, tmp_path: Path) -> None:
     manifest = json.loads((shuffled / "round-01/student/manifest.json").read_text())
     student = shuffled / "round-01/student" / manifest["try"] / "model"
     run_dir = tmp_path / "run"
-    runs.run("mini", run_dir, *runs.SMALL, f"round0=student:{student}", f"gap.feedback={feedback}")
+    runs.run("mini", run_dir, *runs.SMALL, f"round0=student:{student}", "gap.feedback=block")
     given = next(run_dir.glob("round-00/student/try-*/model/model.safetensors"))
     assert given.read_bytes() == (student / "model.safetensors").read_bytes()
     prompts = [row["candidates"][0]["prompt_tokens"] for row in runs.rows(run_dir, "round-01/rationales") if row["candidates"]]
-    shown = runs.report(run_dir)["rounds"][1]["shown"]
-    assert shown == 12
-    assert (min(prompts) > 12 * 15) if feedback == "block" else (max(prompts) < 12 * 15), prompts
+    assert runs.report(run_dir)["rounds"][1]["shown"] == 12
+    assert min(prompts) > 12 * 15
 
 
 def test_more_replicas_than_the_cluster_holds_are_refused_before_any_work(tmp_path: Path) -> None:
     output = runs.run("mini", tmp_path / "run", *runs.SMALL, "teacher.engine.replicas=999", code=5)
     last = output.splitlines()[-1]
-    assert "teacher.engine" in last and "1000 CPUs" in last and not (tmp_path / "run/problems").exists()
+    # Halves for 999 engines and the student's, a tenth for each replica that passes rows on, one for the stage's tasks.
+    assert "teacher.engine: needs 600.9 CPUs" in last and not (tmp_path / "run/problems").exists()
