@@ -114,6 +114,17 @@ def test_kept_engines_serve_stage_after_stage_with_the_weights_of_each(
         time.sleep(0.1)
 
 
+def test_where_weights_cannot_be_exchanged_a_kept_engine_starts_anew(cluster: None, tmp_path: Path) -> None:
+    """vLLM's CPU build with tied embeddings, where exchanging them would leave the old head."""
+    pytest.importorskip("vllm")
+    tied = [tiny.make(tmp_path / f"tied{seed}", "qwen2", [f"count {i}" for i in range(50)], seed=seed) for seed in (3, 4)]
+    held = kept.Held()
+    for stage, model in enumerate(tied):
+        job = work(model, tmp_path / str(stage), kind="vllm", lifetime="run", resources=Placement(cpus=0.5))
+        assert texts(job, held) == reference(model)
+    kept.release(held)
+
+
 @pytest.mark.parametrize(
     ("lifetime", "says"), [("stage", "out of memory"), ("run", r"not up after 1 s \(engine.start_seconds\)")]
 )

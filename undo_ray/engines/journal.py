@@ -36,7 +36,7 @@ DEATHS = 24
 """Of a replica's engine in one stage, after which the stage ends: then it is not a row that kills it."""
 
 STARTS = 2
-"""Times a replica tries to start its engine in one stage."""
+"""Times in a row that a replica tries to start its engine."""
 
 LINES = pa.schema([("key", pa.binary(16)), ("generation", GENERATION), ("reused", pa.bool_())])
 """`reused`: found in the cache, not made by this stage."""
@@ -123,7 +123,7 @@ class Journal:
             )
 
     def failed(self, error: Exception, name: str) -> None:
-        """Note that the engine did not start. Raises UserError when that was the last try."""
+        """Note that the engine did not start. Raises UserError when that was its last try in a row."""
         named = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
         self._begun.append(" ".join(named.split())[:500])
         self._tried.write_json({"errors": self._begun})
@@ -137,6 +137,7 @@ class Journal:
 
     def started(self, seconds: float) -> None:
         """Note that the replica is up."""
+        self._tried.remove()
         known = {"seconds": seconds, "ready": time.time(), "interrupted": self._interrupted}
         (self._place / "starts" / f"{uuid.uuid4().hex}.json").write_json(known)
 

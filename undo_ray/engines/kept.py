@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from undo_ray.config import Engine, Sampling
@@ -55,7 +58,11 @@ class Host:
     def __init__(self, engine: Engine, sampling: Sampling):
         self._engine, self._sampling = engine, sampling
         self._local: Local | None = None
-        self._claims, self._claimed = threading.Lock(), ("", "")
+        self._claims, self._claimed, self._life = threading.Lock(), ("", ""), uuid.uuid4().hex
+
+    def life(self) -> str:
+        """Another one in every process that Ray starts for this engine."""
+        return self._life
 
     def claim(self, stage: str, replica: str) -> bool:
         """Whether this engine is the replica's for the stage: that of the first who asks."""
@@ -113,12 +120,24 @@ class Kept:
         self._host = next((host for host in hosts if _got(host.claim.remote(stage, replica))), hosts[0])
         try:
             if not _got(self._host.load.remote(model)):
-                self.end()
-                _got(self._host.claim.remote(stage, replica))
-                _got(self._host.load.remote(model))
+                self._again(stage, replica, model)
         except Exception:
             self.end()
             raise
+
+    def _again(self, stage: str, replica: str, model: Callable[[], str]) -> None:
+        """Load into a new process of the engine."""
+        from ray.exceptions import RayActorError
+
+        old = _got(self._host.life.remote())
+        self.end()
+        while True:  # the old one may still answer, and then calls fail until Ray knows that it ended
+            with suppress(RayActorError):
+                if _got(self._host.life.remote()) != old:
+                    break
+            time.sleep(0.1)
+        _got(self._host.claim.remote(stage, replica))
+        _got(self._host.load.remote(model))
 
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
         """See `engines.Speaker`."""
