@@ -80,6 +80,18 @@ assert engine.load(other)
 print("SECONDS", time.time() - up, up)
 """
 
+STOCK = """
+import json, sys, tempfile
+from pathlib import Path
+import ray
+import teacher
+directory, prompts, _ = json.loads(sys.stdin.read())
+# With four logical CPUs its stages, one actor each, leave none for reading, and it waits for ever.
+ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+with tempfile.TemporaryDirectory() as scratch:
+    print("SECONDS", *teacher.stock(directory, prompts, Path(scratch)))
+"""
+
 STOPS = tuple("QZXJ")
 """End an answer of R2."""
 LONGEST = 512
@@ -108,9 +120,9 @@ def alone(code: str, directory: str, prompts: list[Any]) -> float:
 
 def said(code: str, directory: str, prompts: list[Any]) -> list[float]:
     """What such a process says of its times."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps([directory, prompts, TOKENS]), capture_output=True, text=True
-    )
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    asked = json.dumps([directory, prompts, TOKENS])
+    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, env=here)
     line = next((line for line in done.stdout.splitlines() if line.startswith("SECONDS")), None)
     if line is None:
         raise RuntimeError(done.stderr[-2000:])
@@ -209,7 +221,7 @@ def stock(directory: str, chats: list[Any], scratch: Path) -> tuple[float, int]:
 def heavy_tailed(directory: str, chats: list[Any], scratch: Path) -> float:
     """R2 of one run."""
     sampling = Sampling(temperature=1.0, max_tokens=LONGEST, stop=STOPS)
-    (one, few), (many, all_of_stock) = (stock(directory, part, scratch) for part in (chats[:1], chats))
+    (one, few), (many, all_of_stock) = (said(STOCK, directory, part) for part in (chats[:1], chats))
     (_, our_one, our_few), (_, our_many, our_all) = (
         ours(directory, part, scratch, sampling=sampling) for part in (chats[:1], chats)
     )
