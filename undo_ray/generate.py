@@ -201,7 +201,7 @@ def _prefix(recipe: Recipe, render: engines.Render) -> int | None:
     task = tasks.parse_source(recipe.data.train, TRAIN)[0].reference
     rows = [{"id": "", "task": task, "question": text, "choices": None, "history": None} for text in ("A", "7")]
     first, other = (engines.prompt_ids(tokenizer, render(row) or [], **spec.engine.chat_template_kwargs) for row in rows)
-    return next(n for n, (one, two) in enumerate(zip(first, other, strict=False)) if one != two)
+    return next((n for n, (one, two) in enumerate(zip(first, other, strict=False)) if one != two), min(len(first), len(other)))
 
 
 class _Explain:
