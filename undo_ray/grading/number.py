@@ -36,12 +36,12 @@ _DRESS: Final = (
 )
 
 # Every repetition in these is possessive or bounded, and no two can share characters: a scan is linear in the text.
-_DIGITS = r"(?:[0-9]++(?:[,\u00a0][0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
-_MONEY = r"(?:\\?[$€£¥₹]\ ?)?+"
+_DIGITS = r"(?:[0-9]++(?:[,\u00a0][0-9]{3}(?![0-9]))*(?:\.[0-9]++)?|\.[0-9]++)"
+_MONEY = r"(?:\\?[$€£¥₹]\ ?)?"
 NUMBER: Final = re.compile(
     rf"""
     (?<![A-Za-z0-9_^])(?<![_^]\{{)                  # not the digits of x2, m^2, a_{{2}}
-    (?P<sign>[-+]\ ?)?+ {_MONEY} (?P<inner>-)?+
+    (?P<sign>[-+]\ ?)? {_MONEY} (?P<inner>-)?
     (?:
         (?P<whole>[0-9]{{1,9}}\ ?)?\\[dt]?frac\ ?
         (?:\{{\ ?(?P<top>-?{_DIGITS})\ ?\}}\ ?\{{\ ?(?P<bottom>{_DIGITS})\ ?\}}|(?P<top1>[0-9])(?P<bottom1>[0-9]))
@@ -51,9 +51,9 @@ NUMBER: Final = re.compile(
         (?: \ ?/\ ?{_MONEY}(?P<divisor>{_DIGITS})(?!\ ?/\ ?[0-9])
           | [eE](?P<e>[-+]?[0-9]{{1,3}})(?![0-9A-Za-z])
           | \ ?(?:\\times|\\cdot|×|[xX*])\ ?10\ ?(?:\^|\*\*)\ ?\{{?(?P<power>[-+]?[0-9]{{1,3}})(?![0-9])\}}?
-        )?+
+        )?
     )
-    (?P<raised>\ ?(?:\^|\*\*)\ ?\{{?\ ?[-0-9])?+     # 2^3: an expression, not a number
+    (?P<raised>\ ?(?:\^|\*\*)\ ?\{{?\ ?[-0-9])?     # 2^3: an expression, not a number
     """,
     re.VERBOSE,
 )
@@ -76,7 +76,7 @@ IS: Final = re.compile(
 )
 COLON: Final = re.compile(r"""\banswer["'*_\s)]{0,8}[:=]|^[ \t>*_]{0,8}A[*_]{0,2}:""", re.IGNORECASE | re.MULTILINE)
 LEAD: Final = re.compile(
-    r"(?:[\s*_~:=≈($\\\[{\"']|approximately\b|about\b|exactly\b|only\b|boxed\b|text\b|[a-z]\ ?=)*+", re.IGNORECASE
+    r"(?:[\s*_~:=≈($\\\[{\"']|approximately\b|about\b|exactly\b|only\b|boxed\b|text\b|[a-z]\ ?=)*", re.IGNORECASE
 )
 SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)|\n")
 STATEMENT: Final = 400

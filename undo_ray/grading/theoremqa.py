@@ -125,11 +125,11 @@ _PLAIN: Final = tuple(
     )
 )
 _LEAD: Final = re.compile(
-    r"(?:[\s:=~\"']|(?:approximately|about|around|roughly|exactly|only|simply|just)\b|[a-zA-Z]\s?=)*+", re.IGNORECASE
+    r"(?:[\s:=~\"']|(?:approximately|about|around|roughly|exactly|only|simply|just)\b|[a-zA-Z]\s?=)*", re.IGNORECASE
 )
 _END: Final = re.compile(r"\.(?=\s|$)|[;?\n]")
 _TOKEN: Final = re.compile(
-    r"\s*+(?:(?P<number>(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?+)"
+    r"\s*+(?:(?P<number>(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]++)?|\.[0-9]++)(?:[eE][+-]?[0-9]{1,3}(?![\w.]))?)"
     r"|(?P<name>[a-z]{1,6})(?![a-zA-Z])|(?P<sign>[-+*/^()!%]))"
 )
 _GOES_ON: Final = re.compile(r"\s?(?:[+*/^<>|_±]|[xyznij]\b|(?:,|:|and\b|or\b|to\b)\s?[-\d(])")
