@@ -416,7 +416,7 @@ def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
 def _resumed(out: Stage) -> None:
     """Note and say what an earlier start of this stage left in the journal."""
     known, begun = finished(_journal(out)), interrupted(_journal(out))
-    out.note(resumed=known, interrupted={"driver": begun, "engines": 0})
+    out.note(resumed=known, interrupted={"driver": begun})
     if known:
         out.progress.say(f"{known} generations of an earlier start are used as they are; {begun} were in flight and are lost")
 
@@ -516,7 +516,8 @@ def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engin
     out.note(tokens=tokens, gpus=min(engine.replicas, len(begun)) * engine.resources.gpus)  # a pool may not have grown to all
     out.note(engine_start_seconds=round(max((start["seconds"] for start in begun), default=0.0), 3))
     out.note(engine_seconds=round(at_work, 3))
-    out.note(interrupted={**out.figures["interrupted"], "engines": sum(start["interrupted"] for start in begun)})
+    lost = sum(start["interrupted"] for start in begun)
+    out.note(interrupted={**out.figures.get("interrupted", {"driver": 0}), "engines": lost})
     if not failures:
         return
     place = out.quarantine
