@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -221,3 +222,9 @@ def test_hostile_text_neither_hangs_nor_raises(name: str) -> None:
 def test_answer_can_be_stored() -> None:
     result = verdict("\\boxed{\ud800}")
     assert result == Verdict(False, "?", FORMAT)
+
+
+def test_no_pattern_has_a_possessive_group() -> None:
+    """Before Python 3.11.5 such a group keeps what it failed on (python/cpython#106052): "3," of "3, 4"."""
+    for path in sorted((Path(__file__).parent.parent / "undo_ray").rglob("*.py")):
+        assert not re.search(r"\)[*+?]\+|\)\{[0-9,]+\}\+|\(\?>", path.read_text(encoding="utf-8")), path
