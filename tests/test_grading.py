@@ -228,3 +228,11 @@ def test_no_pattern_has_a_possessive_group() -> None:
     """Before Python 3.11.5 such a group keeps what it failed on (python/cpython#106052): "3," of "3, 4"."""
     for path in sorted((Path(__file__).parent.parent / "undo_ray").rglob("*.py")):
         assert not re.search(r"\)[*+?]\+|\)\{[0-9,]+\}\+|\(\?>", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(("text", "read"), [("1/2.5/3", ["1", "2.5/3"]), ("1/2,000/3", ["1", "2,000/3"]), ("3, 4", ["3", "4"])])
+def test_a_number_is_read_whole_or_not_at_all(text: str, read: list[str]) -> None:
+    """What Python 3.11.7 reads with possessive groups; without them a part of the divisor would do."""
+    from undo_ray.grading.number import NUMBER
+
+    assert [found.group() for found in NUMBER.finditer(text)] == read

@@ -35,8 +35,10 @@ _DRESS: Final = (
     ("\\qquad", " "),
 )
 
-# Every repetition in these is possessive or bounded, and no two can share characters: a scan is linear in the text.
-_DIGITS = r"(?:[0-9]++(?:[,\u00a0][0-9]{3}(?![0-9]))*(?:\.[0-9]++)?|\.[0-9]++)"
+# No two repetitions in these can share characters: a scan is linear in the text. Groups are not possessive, for before Python
+# 3.11.5 those keep what they failed on (python/cpython#106052); what follows a number says that it was read whole.
+_THOUSANDS = r"[,\u00a0][0-9]{3}(?![0-9])"
+_DIGITS = rf"(?:[0-9]++(?:{_THOUSANDS})*(?!{_THOUSANDS})(?:\.[0-9]++|(?!\.[0-9]))|\.[0-9]++)"
 _MONEY = r"(?:\\?[$€£¥₹]\ ?)?"
 NUMBER: Final = re.compile(
     rf"""
