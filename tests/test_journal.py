@@ -58,8 +58,11 @@ def test_a_finished_generation_is_on_disk_when_another_comes_after_the_flush_tim
     assert journal.finished(Place(str(tmp_path))) == 1
 
 
-def test_what_a_stage_shared_another_takes_and_does_not_share_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_what_a_stage_shared_another_takes_and_does_not_share_again(where: str, s3: str, tmp_path: Path) -> None:
+    away = Place(f"s3://runs/{tmp_path.name}/cache?endpoint_override={s3}&scheme=http&region=us-east-1")
     places, cache = [Place(str(tmp_path / name)) for name in ("one", "two")], Place(str(tmp_path / "cache"))
+    cache = away if where == "s3" else cache
     keys, made = [key(chat(n), 0) for n in range(4)], []
     for number, place in enumerate(places):
         life = Journal(place, "a", cache)
@@ -72,7 +75,7 @@ def test_what_a_stage_shared_another_takes_and_does_not_share_again(tmp_path: Pa
         reused = journal.share(place, cache)
         assert [found["text"] for found in reused] == [f"{places[0].uri} {n}" for n in range(2)] * number
     assert made == [0, 1, 2]
-    shared = {line["key"]: line["generation"]["text"] for line in journal.lines(cache, ".")}
+    shared = {line["key"]: line["generation"]["text"] for line in journal.shared(cache)}
     assert shared == {keys[n]: f"{places[n // 2].uri} {n}" for n in range(3)}
     # A replica that is killed and started again finds what it took from the cache in its own journal, once.
     again = Journal(places[1], "a", cache)

@@ -157,6 +157,11 @@ class Engine(_Section):
     """share of rows the engine may fail on before the stage fails"""
 
     @property
+    def sequences(self) -> int:
+        """Requests a vLLM replica works on at a time, where memory allows; 256 is vLLM's default."""
+        return int(self.kwargs.get("max_num_seqs", 256))
+
+    @property
     def remote(self) -> bool:
         """Whether the model is behind an endpoint: no weights and no tokenizer of it are here."""
         return self.kind == "openai"

@@ -35,10 +35,10 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],
         "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},
-        "engine_start_seconds": {
-            name: found["engine_start_seconds"] for name, found in figures.items() if "engine_start_seconds" in found
+        **{
+            key: {name: found[key] for name, found in figures.items() if key in found}
+            for key in ("engine_start_seconds", "engine_seconds")
         },
-        "engine_seconds": {name: found["engine_seconds"] for name, found in figures.items() if "engine_seconds" in found},
         "gpu_seconds": gpu_seconds,
         "per_accepted": _per_accepted(explained, gpu_seconds["rationales"]),
         "money": money(step.run.recipe.prices, explained["tokens"], sum(gpu_seconds.values())),

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 BACKENDS = {"transformers": "undo_ray.engines.hf:Transformers", "vllm": "undo_ray.engines.vllm:VLLM"}
 """Engines with the model in the replica's own memory."""
 
-FILLED = 256
-"""Rows a vLLM replica has in flight at least, where the recipe's `max_num_seqs` does not say how many it takes at a time."""
-
 Render = Callable[[Row], "list[Message] | None"]
 """A row's chat, or None to let the row pass untouched. Made in the driver, so it must pickle and be light."""
 
@@ -141,7 +138,7 @@ def calls(engine: Engine) -> int:
     """Batches a replica works on at once: the last slow rows of one must not keep the engine from the next."""
     if isinstance(engine, TeacherEngine) and engine.remote:
         return 1 + math.ceil(engine.endpoint.concurrency / engine.batch_size)
-    return 1 + math.ceil(engine.kwargs.get("max_num_seqs", FILLED) / engine.batch_size) if engine.kind == "vllm" else 1
+    return 1 + math.ceil(engine.sequences / engine.batch_size) if engine.kind == "vllm" else 1
 
 
 class Replica:

@@ -49,20 +49,25 @@ def key(chat: Sequence[Message], seed: int) -> bytes:
 
 def finished(place: Place) -> int:
     """Generations in a journal."""
-    return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in _files(place, "done", ".parquet"))
+    return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in _files(place / "done", ".parquet"))
 
 
 def interrupted(place: Place) -> int:
     """Generations that were in flight when a replica or its driver was killed, and are not finished since."""
     folders = sorted((place / "flight").names())
-    files = [file for replica in folders for file in _files(place, f"flight/{replica}", ".json")]
+    files = [file for replica in folders for file in _files(place / f"flight/{replica}", ".json")]
     begun = {key for file in files for key in json.loads(file.read_bytes())["keys"]}
     return len(begun - {line["key"].hex() for line in lines(place)}) if begun else 0
 
 
-def lines(place: Place, folder: str = "done") -> Iterator[Row]:
+def lines(place: Place) -> Iterator[Row]:
     """{key, generation, reused} of each of them."""
-    for file in _files(place, folder, ".parquet"):
+    return shared(place / "done")
+
+
+def shared(cache: Place) -> Iterator[Row]:
+    """The same of a cache."""
+    for file in _files(cache, ".parquet"):
         yield from pq.read_table(file.path, filesystem=file.fs).to_pylist()
 
 
@@ -77,17 +82,17 @@ def share(place: Place, cache: Place) -> list[Row]:
 def starts(place: Place) -> list[Row]:
     """{seconds, ready, interrupted} of each start of a replica: how long it took, when it was done (Unix time), and how many
     generations were in flight when it died before."""
-    return [json.loads(file.read_bytes()) for file in _files(place, "starts", ".json")]
+    return [json.loads(file.read_bytes()) for file in _files(place / "starts", ".json")]
 
 
 def busy(place: Place) -> float:
     """Seconds in which the engines had rows to work on, of all replicas together."""
-    return sum(json.loads(file.read_bytes())["seconds"] for file in _files(place, "busy", ".json"))
+    return sum(json.loads(file.read_bytes())["seconds"] for file in _files(place / "busy", ".json"))
 
 
-def _files(place: Place, folder: str, ending: str) -> list[Place]:
+def _files(folder: Place, ending: str) -> list[Place]:
     """The whole files of a folder, in the order of their names; what a kill cut off has another ending."""
-    return [place / folder / name for name in sorted((place / folder).names()) if name.endswith(ending)]
+    return [folder / name for name in sorted(folder.names()) if name.endswith(ending)]
 
 
 class Journal:
@@ -101,9 +106,8 @@ class Journal:
         self._place, self._done, self._flight = place, (place / "done").made(), (place / "flight" / replica).made()
         self._lock, self._new, self._flushed = threading.Lock(), list[Row](), time.monotonic()
         self._known = {line["key"]: line["generation"] for line in lines(place)}
-        shared = lines(cache, ".") if cache else ()
-        self._cached = {line["key"]: line["generation"] for line in shared}
-        deaths = [json.loads(file.read_bytes()) for file in _files(place, f"flight/{replica}", ".json")]
+        self._cached = {line["key"]: line["generation"] for line in (shared(cache) if cache else ())}
+        deaths = [json.loads(file.read_bytes()) for file in _files(place / f"flight/{replica}", ".json")]
         lives = len({death["life"] for death in deaths})  # each left as many files as it had batches in flight
         newest = [death["keys"] for death in deaths if death["life"] == deaths[-1]["life"]]
         self._interrupted = len({bytes.fromhex(key) for keys in newest for key in keys} - self._known.keys())

@@ -14,7 +14,7 @@ from typing import Any
 
 from undo_ray import prompts, tasks
 from undo_ray.config import Engine, Recipe, Student
-from undo_ray.plan.known import GPUS, LENGTHS, SEQUENCES, Gpu, Lengths, Model, model_of, size_of
+from undo_ray.plan.known import GPUS, LENGTHS, Gpu, Lengths, Model, model_of, size_of
 from undo_ray.plan.pilot import Pilot
 from undo_ray.plan.text import table
 from undo_ray.prompts import Case
@@ -310,7 +310,7 @@ def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: lis
     peak = each * gpu.peak * (0.5 if engine.dtype == "float32" else 1) * MFU
     weights, context = weight_bytes(model, engine), prompt + completion / 2
     room = (each * gpu.memory * OF_MEMORY - weights) / model.kv_bytes - cached
-    most = engine.kwargs.get("max_num_seqs", SEQUENCES)
+    most = engine.sequences
     batch = max(1.0, min(most, requests / replicas, room // (prompt - cached + completion)))
     prefill = requests * (prompt - cached) * model.flops((prompt + cached) / 2) / (replicas * peak)
     moved = (weights + batch * context * model.kv_bytes) / (each * gpu.bandwidth * OF_BANDWIDTH)

@@ -33,9 +33,6 @@ GPUS = {
 }
 """By NVIDIA's data sheets, which docs/plan.md names."""
 
-SEQUENCES = 256
-"""Requests a replica decodes at a time, where memory allows, if `engine.kwargs.max_num_seqs` says nothing: vLLM's default."""
-
 
 @dataclass(frozen=True, slots=True)
 class Model:

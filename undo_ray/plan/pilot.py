@@ -16,7 +16,6 @@ from undo_ray.config import Engine, Placement, Recipe, TeacherEngine
 from undo_ray.gap import Gap, measured
 from undo_ray.generate import answer, explain
 from undo_ray.lessons import accept
-from undo_ray.plan.known import SEQUENCES
 from undo_ray.progress import Progress
 from undo_ray.store import Stage, Step, dataset, open_run, split_rows
 from undo_ray.train import finetune
@@ -109,7 +108,7 @@ def _made(step: Step, name: str, questions: int, engine: Engine, samples: int) -
     requests, work = figures["generations"], figures["engine_seconds"]
     room = engine.batch_size * engines.calls(engine) * samples
     if engine.kind == "vllm":
-        room = min(room, engine.kwargs.get("max_num_seqs", SEQUENCES))
+        room = min(room, engine.sequences)
     elif isinstance(engine, TeacherEngine) and engine.remote:
         room = engine.endpoint.concurrency
     return {
