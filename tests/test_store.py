@@ -60,8 +60,8 @@ def never(out: Stage) -> None:
 
 
 def names(place: Place) -> list[str]:
-    """Every file below, without the lease."""
-    return [name for name in place.files() if name != "lock.json"]
+    """Every file below, without the lease and what is for looking at alone."""
+    return [name for name in place.files() if name not in ("lock.json", "progress.json")]
 
 
 def contents(place: Place) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The command line: `undo-ray run`, `plan`, `show`, `grade` and `mini train-teacher`.
+"""The command line: `undo-ray run`, `plan`, `status`, `show`, `grade` and `mini train-teacher`.
 
 Nothing heavy is imported before the arguments and the recipe are known to be good.
 """
@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the tables of finished runs beside each other")
     show.add_argument("run_dir", nargs="+", help="run directories")
     show.set_defaults(do=_show)
+
+    status = commands.add_parser("status", help="say where a run is, from its run directory alone, while it runs too")
+    status.add_argument("run_dir", help="path or URI of the run directory")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    status.set_defaults(do=_status)
 
     grade = commands.add_parser("grade", help="grade recorded responses, and compare with recorded verdicts")
     grade.add_argument("file", help="JSONL with `gold` (or `question_id`) and `response`, one row a line")
@@ -132,6 +137,15 @@ def _show(options: argparse.Namespace) -> None:
     from undo_ray import report
 
     print("\n".join(report.table(report.read(path), title=f"\n{path}") for path in options.run_dir))
+
+
+def _status(options: argparse.Namespace) -> None:
+    import json
+
+    from undo_ray import status
+
+    found = status.read(options.run_dir)
+    print(json.dumps(found, indent=2) if options.json else status.text(found))
 
 
 def _grade(options: argparse.Namespace) -> int:

@@ -484,6 +484,7 @@ def _judge(
     for row, generations in asked:
         rows.append(judge(row, generations, list(islice(verdicts, len(generations)))))
         seen.update(done=1, asked=bool(generations), tokens=sum(generation["completion_tokens"] for generation in generations))
+        seen.update(errors=any(generation["engine_error"] is not None for generation in generations))
         seen[well] += bool(generations) and gap.good(rows[-1], column)
     if board is not None:
         board.add.remote(**seen)

@@ -102,12 +102,13 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         recipe = located(recipe)
         start_ray(verbose)
         check_placement(recipe)
-        progress.connect()
+        progress.connect(held.place.uri)
         try:
             records = undo(recipe, held)
             return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
-        except UserError as error:
-            if error.exit_code == 3 and (records := held.records()):
+        except BaseException as error:
+            progress.failed(error)
+            if isinstance(error, UserError) and error.exit_code == 3 and (records := held.records()):
                 finish(recipe, held, records, "no_lessons")
             raise
         finally:

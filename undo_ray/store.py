@@ -133,11 +133,11 @@ class Run:
     """What this driver's engines leave running from stage to stage."""
 
     def round(self, k: int) -> Step:
-        return Step(self, self.place / f"round-{k:02d}", k)
+        return Step(self, self.place / f"round-{k:02d}", k, f"round {k} · ")
 
     def tests(self, recipe: Recipe) -> Step:
         """The stages of the tests; another list of tests on resume gets a folder of its own."""
-        return Step(self, self.place / f"tests/{digest([recipe.data.tests, recipe.data.test_limit])[:8]}", -1)
+        return Step(self, self.place / f"tests/{digest([recipe.data.tests, recipe.data.test_limit])[:8]}", -1, "tests · ")
 
     def once(self, name: str, fn: Callable[..., None], *args: Any) -> Any:
         return Step(self, self.place, -1).once(name, fn, *args)
@@ -148,15 +148,7 @@ class Run:
 
     def records(self) -> list[Json]:
         """The records of the finished rounds, in order."""
-        found: list[Json] = []
-
-        def valid(record: Json) -> bool:
-            return "fingerprint" in record and record.get("round") == len(found)
-
-        remedy = "move it away and run the same command: the round's record is rebuilt from its stages"
-        while (place := self.place / f"round-{len(found):02d}" / "record.json").exists():
-            found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
-        return found
+        return records(self.place)
 
 
 @dataclass
@@ -166,6 +158,8 @@ class Step:
     run: Run
     place: Place
     k: int
+    title: str = ""
+    """What stands before a stage's name where people read it."""
     manifests: dict[str, Json] = field(default_factory=dict)
     """Of the stages that were asked for."""
 
@@ -180,7 +174,7 @@ class Step:
                 (self.place / name / stale).remove()
             stage = Stage(name, self.k, self.place / name / f"try-{uuid.uuid4().hex[:8]}", self.run)
             start = time.monotonic()
-            with self.run.progress.stage(name, self.k):
+            with self.run.progress.stage(name, self.k, f"{self.title}{name}"):
                 fn(*args, out=stage)
             self._commit(name, stage, round(time.monotonic() - start, 3))
             (self.place / name / RESUME).remove()
@@ -259,6 +253,19 @@ def _sha256(fs: pafs.FileSystem, path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def records(run: Place) -> list[Json]:
+    """The records of a run directory's finished rounds, in order; whoever reads them need not hold it."""
+    found: list[Json] = []
+
+    def valid(record: Json) -> bool:
+        return "fingerprint" in record and record.get("round") == len(found)
+
+    remedy = "move it away and run the same command: the round's record is rebuilt from its stages"
+    while (place := run / f"round-{len(found):02d}" / "record.json").exists():
+        found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
+    return found
+
+
 # -- opening ------------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +291,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
             raise unusable(f"{uri}: not empty and not a run directory; give another --run-dir")
         known |= {"recipe": recipe.model_dump(mode="json"), "identity": wanted, "starts": [*known["starts"], start]}
         path.write_json({**known, "versions": _versions(), "git": _git_revision()})
+        progress.keep(place / "progress.json")
         yield Run(place, recipe, lease, progress, len(known["starts"]) - 1, wanted)
     finally:
         lease.release()
