@@ -20,7 +20,7 @@ LAYERS = (
     ("gap", "store"),
     ("tasks", "models", "clean"),
     ("problems", "engines", "train"),
-    ("generate", "lessons"),
+    ("generate", "lessons", "placement"),
     ("report", "regrade"),
     ("loop", "plan", "status"),
     ("cli",),

@@ -68,13 +68,18 @@ def test_a_killed_run_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_the_last_errors_outlive_their_drivers(tmp_path: Path) -> None:
-    for number in range(7):
-        with opened(tmp_path / "run") as run:
-            run.progress.failed(UserError(f"the disk\nis full, {number}"))
-    with opened(tmp_path / "run") as run:
-        run.progress.failed(KeyError("x"))
-    told = [error["error"] for error in status.read(str(tmp_path / "run"))["errors"]]
-    assert told == [*(f"the disk is full, {number}" for number in (3, 4, 5, 6)), "KeyError: 'x'"]
+    def fail(error: Exception, out: Stage) -> None:
+        raise error
+
+    for error in [*(UserError(f"the disk\nis full, {number}") for number in range(7)), KeyError("x")]:
+        with pytest.raises(type(error)), opened(tmp_path / "run") as run:
+            run.round(0).once("measure", fail, error)
+    errors = status.read(str(tmp_path / "run"))["errors"]
+    assert [error["error"] for error in errors] == [
+        *(f"the disk is full, {number}" for number in (3, 4, 5, 6)),
+        "KeyError: 'x'",
+    ]
+    assert {error["stage"] for error in errors} == {"round 0 · measure"}
 
 
 def test_what_engines_died_of_is_told_while_their_stage_goes_on(tmp_path: Path) -> None:

@@ -92,13 +92,6 @@ class Progress:
         if self.board is not None:
             self.board.set.remote(total=rows)
 
-    def failed(self, error: BaseException) -> None:
-        """Keep why this driver stops."""
-        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        new = {"at": now(), "stage": self._state.get("title"), "error": " ".join(what.split())[:1000]}
-        self._state["errors"] = [*self._state["errors"], new][-ERRORS:]
-        self._save()
-
     @contextmanager
     def stage(self, name: str, k: int, title: str) -> Iterator[None]:
         """While the block runs, this is the stage in progress. `title`: what people read, such as `round 1 · measure`."""
@@ -112,11 +105,14 @@ class Progress:
         thread.start()
         try:
             yield
+        except BaseException as error:
+            self._failed(error)
+            raise
         finally:
             stop.set()
             thread.join()
             self._state["seconds"], self._state["figures"] = time.monotonic() - start, self._read()
-        self._save()
+            self._save()
         self.say(f"{title}: {line(self._state['figures'], self._state['seconds'], final=True)}")
 
     def _follow(self, title: str, start: float, stop: threading.Event) -> None:
@@ -131,6 +127,12 @@ class Progress:
                 self._state |= {"figures": figures, "seconds": seconds}
                 self._save()
                 due = time.monotonic() + KEEP_SECONDS
+
+    def _failed(self, error: BaseException) -> None:
+        """Note why a stage ended; kept with the next `_save`."""
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        new = {"at": now(), "stage": self._state["title"], "error": " ".join(what.split())[:1000]}
+        self._state["errors"] = [*self._state["errors"], new][-ERRORS:]
 
     def _bar(self, text: str) -> None:
         """Overwrite the terminal's current line."""

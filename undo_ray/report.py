@@ -181,6 +181,17 @@ NOTES = {
 """What is said below the table where the report marks it."""
 
 
+def scores(evaluation: Json) -> str:
+    """A model's scores on tests as text."""
+    lines = [["test", evaluation["model"], "unparsed"], *([name, *_test(score)] for name, score in evaluation["tests"].items())]
+    return "\n".join(_columns(lines))
+
+
+def _columns(lines: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
 def _percent(score: Json) -> str:
     if score["accuracy"] is None:
         return "-"
@@ -211,8 +222,7 @@ def table(report: Json, title: str) -> str:
                 " ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items()),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    rows = _columns(lines)
     notes = [f"* best round on validation (95 % intervals; feedback: {report['feedback']}; seed {report['seed']})"]
     notes += [note for key, note in NOTES.items() if report[key]]
     if report["hints"] != "off":
