@@ -9,7 +9,8 @@ WORKDIR /tmp/undo-ray
 COPY --chown=ray pyproject.toml README.md LICENSE ./
 COPY --chown=ray requirements/gpu.lock requirements/gpu.lock
 COPY --chown=ray undo_ray/__init__.py undo_ray/__init__.py
-RUN pip install --no-cache-dir -c requirements/gpu.lock '.[gpu]' \
+# boto3: the head's autoscaler asks EC2 for nodes with it, and a RayJob's code comes from S3.
+RUN pip install --no-cache-dir -c requirements/gpu.lock '.[gpu]' boto3==1.44.5 \
     && pip uninstall -y undo-ray \
     && python -c 'import ray, torch, vllm; assert ray.__version__ == "2.60.0", ray.__version__'
 WORKDIR $HOME

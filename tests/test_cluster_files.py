@@ -355,6 +355,16 @@ def test_idle_time_outs_outlast_what_lies_between_two_uses(cluster: ClusterConfi
     assert timeout("training") > 1.25 * max(math)
 
 
+@pytest.mark.parametrize("name", ["math", "mmlu_pro", "numina-paper"])
+def test_a_recipe_s_comment_says_what_its_plan_says(name: str) -> None:
+    text = (ROOT / "jobs" / "recipes" / f"{name}.toml").read_text()
+    said = re.search(r"# Plan: (\d+) GPU-hours, ([\d.]+) hours on eight H100s", text)
+    found = plan.plan(recipe(name), None, [], [], None)
+    digits = len(said[2].partition(".")[2]) if said else 0
+    assert said and (float(said[1]), float(said[2])) == (round(found["gpu_hours"]), round(found["wall_hours"], digits))
+    assert f"`undo-ray plan jobs/recipes/{name}.toml`" in text
+
+
 # -- the image and the upload -------------------------------------------------------------------------------------------
 
 
