@@ -1,7 +1,7 @@
 """cluster.yaml, jobs/rayjob.yaml and the image: checked as Ray, AWS and Kubernetes would, without any of them running.
 
-References: Ray's JSON schema, its autoscaler's validation and scheduler; AWS's description of RunInstances in botocore; the
-Kubernetes schemas; the fields of KubeRay's API.
+References: Ray's JSON schema, its autoscaler's validation, AWS provider and scheduler; AWS's description of RunInstances in
+botocore; moto's EC2 with AWS's list of machines; the Kubernetes schemas; the fields of KubeRay's API.
 """
 
 import copy
@@ -9,7 +9,8 @@ import re
 import shlex
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 JOB = yaml.safe_load((ROOT / "jobs" / "rayjob.yaml").read_text())
 TYPES = CLUSTER["available_node_types"]
 GPU_TYPES = [name for name, each in TYPES.items() if "GPU" in each["resources"]]
+KIND = {"p5.48xlarge": "H100", "g6e.48xlarge": "L40S"}
+"""GPUs of a machine, as undo_ray.plan calls them."""
 REAL = ("math", "mmlu_pro", "numina-paper", "gsm8k", "svamp")
 
 Json = dict[str, Any]
@@ -109,6 +112,82 @@ def test_ec2_takes_every_node_type(name: str) -> None:
 )
 def test_ec2_refuses_a_node_with_a_mistake(path: str, value: Any, wrong: str) -> None:
     assert wrong in refused_by_ec2(changed(TYPES["teacher"]["node_config"], path, value))
+
+
+@pytest.fixture
+def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """An EC2 of moto's with what docs/cluster.md makes once, but for the security group; keys go to a home of their own."""
+    import boto3
+    from moto import mock_aws
+
+    for name, value in {"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(name, value)
+    with mock_aws():
+        iam = boto3.client("iam")
+        for name in ("undo-ray-head", "undo-ray-worker"):
+            iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
+            iam.create_instance_profile(InstanceProfileName=name)
+            iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+        yield boto3.client("ec2", region_name=CLUSTER["provider"]["region"])
+
+
+def may_come_in(ec2: Any) -> set[str]:
+    """Addresses that the group `undo-ray` lets in."""
+    [group] = ec2.describe_security_groups(GroupNames=["undo-ray"])["SecurityGroups"]
+    return {address["CidrIp"] for rule in group["IpPermissions"] for address in rule["IpRanges"]}
+
+
+def test_ray_starts_each_type_on_ec2_behind_the_group_that_is_there(ec2: Any) -> None:
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    [vpc] = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    group = ec2.create_security_group(GroupName="undo-ray", Description="undo-ray", VpcId=vpc["VpcId"])["GroupId"]
+    ssh = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.7/32"}]}
+    among = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
+    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[ssh, among])
+
+    ready = bootstrap_aws(prepared(CLUSTER))
+    assert may_come_in(ec2) == {"203.0.113.7/32"}
+    provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+    image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+    for name, each in ready["available_node_types"].items():
+        provider.create_node({**each["node_config"], "ImageId": image}, {"ray-user-node-type": name}, 1)
+    nodes = [node for each in ec2.describe_instances()["Reservations"] for node in each["Instances"]]
+    assert [
+        (
+            node["InstanceType"],
+            node.get("InstanceLifecycle", "on demand"),
+            node["IamInstanceProfile"]["Arn"].rpartition("/")[2],
+            [each["GroupName"] for each in node["SecurityGroups"]],
+        )
+        for node in nodes
+    ] == [
+        ("m7i.4xlarge", "on demand", "undo-ray-head", ["undo-ray"]),
+        ("m7i.4xlarge", "on demand", "undo-ray-worker", ["undo-ray"]),
+        ("p5.48xlarge", "spot", "undo-ray-worker", ["undo-ray"]),
+        ("p5.48xlarge", "on demand", "undo-ray-worker", ["undo-ray"]),
+        ("g6e.48xlarge", "on demand", "undo-ray-worker", ["undo-ray"]),
+    ]
+
+
+def test_a_group_that_ray_makes_lets_everybody_in(ec2: Any) -> None:
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+
+    bootstrap_aws(prepared(CLUSTER))
+    assert may_come_in(ec2) == {"0.0.0.0/0"}
+
+
+def test_the_machines_have_what_their_types_say(ec2: Any) -> None:
+    asked = {each["node_config"]["InstanceType"] for each in TYPES.values()}
+    machines = {each["InstanceType"]: each for each in ec2.describe_instance_types(InstanceTypes=list(asked))["InstanceTypes"]}
+    for each in TYPES.values():
+        machine = machines[each["node_config"]["InstanceType"]]
+        gpus = machine.get("GpuInfo", {}).get("Gpus", [])
+        assert each["resources"]["CPU"] <= machine["VCpuInfo"]["DefaultVCpus"]
+        assert each["resources"].get("GPU", 0) == sum(gpu["Count"] for gpu in gpus)
+        for gpu in gpus:
+            assert gpu["Name"] == KIND[machine["InstanceType"]]
 
 
 def test_nothing_listens_beyond_the_cluster_and_every_node_has_the_token() -> None:
@@ -230,10 +309,12 @@ def test_the_job_runs_a_recipe_that_exists_in_a_place_that_lasts() -> None:
 ClusterConfig = Callable[[], Json]
 
 
+@cache
 def of_aws() -> Json:
     return prepared(CLUSTER)
 
 
+@cache
 def of_kuberay() -> Json:
     """The same, with its groups under the names of cluster.yaml."""
     found = derived(JOB)
@@ -286,7 +367,7 @@ def test_one_spot_node_holds_each_stage_of_a_recipe(cluster: ClusterConfig, name
 
 @BOTH
 def test_what_starts_next_when_spot_is_gone_or_taken(cluster: ClusterConfig) -> None:
-    one, found = recipe("math"), cluster()
+    one, found = recipe("math"), copy.deepcopy(cluster())
     teacher = asks(one.teacher.engine.resources, one.teacher.engine.replicas)
     training = asks(one.student.resources, one.student.workers)
     assert started(found, teacher, [], gone=("teacher_spot",)) == ({"cpu": 1, "teacher": 1}, 0)
@@ -322,10 +403,6 @@ def test_the_head_has_nothing_to_give(cluster: ClusterConfig) -> None:
     head = cluster()["available_node_types"]["head"]
     assert head["resources"]["CPU"] == 0 and "GPU" not in head["resources"]
     assert head.get("max_workers", 0) == 0
-
-
-KIND = {"p5.48xlarge": "H100", "g6e.48xlarge": "L40S"}
-"""Eight of each (AWS's instance tables), as undo_ray.plan calls them."""
 
 
 @pytest.mark.parametrize("name", REAL)
