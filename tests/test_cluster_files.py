@@ -336,7 +336,7 @@ def started(found: Json, actors: list[Json], workers: list[Json], gone: tuple[st
     from ray.autoscaler.v2.utils import ResourceRequestUtil
     from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-    known, make = AutoscalingConfig(found), ResourceRequestUtil.make
+    known, make = AutoscalingConfig(found, skip_content_hash=True), ResourceRequestUtil.make  # else it reads the token
     request = SchedulingRequest(
         disable_launch_config_check=True,
         node_type_configs=known.get_node_type_configs(),
