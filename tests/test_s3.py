@@ -32,7 +32,10 @@ def test_two_rounds_go_through_on_s3_and_the_same_command_again_says_they_are_do
     model = student / (student / "manifest.json").read_json("")["try"] / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(model.files())
 
-    before = {name: (place / name).read_bytes() for name in place.files() if name not in ("recipe.json", "progress.json")}
+    def contents() -> dict[str, bytes]:
+        return {name: (place / name).read_bytes() for name in place.files() if name not in ("recipe.json", "progress.json")}
+
+    before = contents()
     assert "lock.json" not in before, "the run directory is given back at the end"
     assert "this run is finished" in runs.run("mini", uri, *SMALL)
     assert {
