@@ -341,7 +341,7 @@ def test_a_record_without_its_stage_says_so(place: Place) -> None:
     (place / "round-00" / "measure").remove()
     with opened(place) as run:
         message = refused(lambda: run.round(0).made("measure"))
-    assert message.startswith(f"{(place / 'round-00' / 'measure').uri}: ") and "run the same command" in message
+    assert message.startswith(f"{(place / 'round-00' / 'measure').uri}: ") and "move record.json" in message
 
 
 def test_what_is_damaged_is_set_aside_and_made_again_and_the_rest_is_kept(place: Place) -> None:

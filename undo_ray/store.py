@@ -25,7 +25,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
@@ -158,39 +158,27 @@ class Run:
         return records(self.place)
 
     def mend(self) -> None:
-        """Set aside stages and records that are damaged, so that they are computed again. Nothing is deleted or overwritten.
+        """Set aside what is damaged, so that it is computed again. Nothing is deleted or overwritten.
 
-        A round of which a stage is missing loses its record; the stages that are whole stay.
+        With a stage go its round's record and the report; the other stages stay. A stage that is not there at all was taken
+        away on purpose, to save its disk perhaps: that is no damage.
         """
-        there = {name: info.size for name, info in self.place.files().items()}
-        stages, broken = {os.path.dirname(name) for name in there if _STAGE.fullmatch(name)}, False
-        for stage in sorted(stages):
+        there, aside = {name: info.size for name, info in self.place.files().items()}, set[str]()
+        for name in sorted(name for name in there if _STAGE.fullmatch(name)):
+            stage = os.path.dirname(name)
             own = {name.removeprefix(f"{stage}/"): size for name, size in there.items() if name.startswith(f"{stage}/")}
             try:
                 _verified(self.place / stage, own)
             except UserError as error:
                 self.set_aside(self.place / stage, str(error).partition(";")[0])
-                stages.remove(stage)
-                broken = True
+                aside.add(os.path.dirname(stage))
         for name in sorted(name for name in there if _RECORD.fullmatch(name)):
-            folder, place = os.path.dirname(name), self.place / name
-            try:
-                record = place.read_json("", "the record of a round", lambda found: isinstance(found.get("seconds"), dict))
-                missing = [stage for stage in record["seconds"] if f"{folder}/{stage}" not in stages]
-                why = f"{place.uri}: its {' and '.join(missing)} is not there" if missing else None
-            except UserError as error:
-                why = str(error).partition(";")[0]
-            if why:
-                self.set_aside(place, why)
-                broken = True
-        place, report = self.place / "report.json", None
-        if "report.json" in there:
-            with suppress(UserError):
-                report = place.read_json("")
-            if report is None:
-                self.set_aside(place, f"{place.uri}: not valid JSON")
-            elif broken:
-                self.set_aside(place, f"{place.uri}: it reports what was damaged")
+            if why := "its stage was damaged" if os.path.dirname(name) in aside else _unreadable(self.place / name):
+                self.set_aside(self.place / name, f"{(self.place / name).uri}: {why}")
+                aside.add(name)
+        report = self.place / "report.json"
+        if "report.json" in there and (why := "it reports what was damaged" if aside else _unreadable(report)):
+            self.set_aside(report, f"{report.uri}: {why}")
 
     def set_aside(self, place: Place, why: str) -> None:
         """Move a file or folder of the run to its folder `damaged`, and say so."""
@@ -245,8 +233,8 @@ class Step:
         place = self.place / name
         if not self._committed(name):
             raise unusable(
-                f"{place.uri}: the record of this round is there, its stage is not; run the same command: the record is set "
-                "aside and the stage computed again"
+                f"{place.uri}: the record of this round is there, its stage is not; move record.json of this round away and "
+                "run the same command"
             )
         manifest = self.manifests[name]
         if manifest["kind"] == "rows" and manifest["value"] is None:
@@ -301,6 +289,15 @@ def _verified(place: Place, there: Mapping[str, int]) -> Json:
             found = "missing" if size is None else f"{size} bytes"
             raise unusable(f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}")
     return manifest
+
+
+def _unreadable(file: Place) -> str | None:
+    """What is wrong with a JSON object; None when nothing is."""
+    try:
+        file.read_json("")
+    except UserError:
+        return "not a JSON object"
+    return None
 
 
 def _is_manifest(found: Json) -> bool:
