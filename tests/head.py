@@ -82,9 +82,12 @@ def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 @contextlib.contextmanager
-def started(*options: str, cpus: int = 4, **variables: str) -> Iterator[Cluster]:
-    """`ray start --head` with these options, until the block ends."""
-    port, dashboard, metrics = free_ports(3)
+def started(*options: str, cpus: int = 4, address: str = "", **variables: str) -> Iterator[Cluster]:
+    """`ray start --head` with these options, until the block ends. `address`: IP:PORT of its GCS; default: a free one on
+    loopback."""
+    free, dashboard, metrics = free_ports(3)
+    gcs = address or f"127.0.0.1:{free}"
+    ip, port = gcs.split(":")
     home = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets have short names
     (home / "token").touch(0o600)
     (home / "token").write_text(secrets.token_hex(32))
@@ -97,17 +100,15 @@ def started(*options: str, cpus: int = 4, **variables: str) -> Iterator[Cluster]
     }
     head = ["start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}", f"--temp-dir={home}"]
     ports = [f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}", "--dashboard-host=127.0.0.1"]
-    process = subprocess.Popen(
-        [RAY, *head, *ports, "--node-ip-address=127.0.0.1", *options],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command, log = [RAY, *head, *ports, f"--node-ip-address={ip}", *options], home / "start.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     found = Cluster(
         f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", environment, process
     )
     try:
-        wait_for("job agent", found.ready)
+        wait_for("job agent", lambda: process.poll() is not None or found.ready())
+        assert process.poll() is None, log.read_text()
         yield found
     finally:
         process.send_signal(signal.SIGTERM)
