@@ -22,7 +22,7 @@ LAYERS = (
     ("problems", "engines", "train"),
     ("generate", "lessons"),
     ("report", "regrade"),
-    ("loop", "plan"),
+    ("loop", "plan", "serve"),
     ("cli",),
     ("__main__",),
 )

@@ -32,8 +32,9 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from undo_ray.config import Recipe, digest, identity
+from undo_ray.config import Recipe, digest, identity, one_line
 from undo_ray.lease import Lease
 from undo_ray.place import Json, Place
 from undo_ray.progress import Progress
@@ -148,15 +149,7 @@ class Run:
 
     def records(self) -> list[Json]:
         """The records of the finished rounds, in order."""
-        found: list[Json] = []
-
-        def valid(record: Json) -> bool:
-            return "fingerprint" in record and record.get("round") == len(found)
-
-        remedy = "move it away and run the same command: the round's record is rebuilt from its stages"
-        while (place := self.place / f"round-{len(found):02d}" / "record.json").exists():
-            found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
-        return found
+        return records(self.place)
 
 
 @dataclass
@@ -214,19 +207,9 @@ class Step:
 
     def _committed(self, name: str) -> bool:
         """Whether there is a manifest. Raises UserError when it, or a file it names, is damaged."""
-        place = self.place / name
-        if name in self.manifests or not (place / "manifest.json").exists():
-            return name in self.manifests
-        remedy = "move the folder away and run the same command: the stage is computed again"
-        manifest = (place / "manifest.json").read_json(remedy, "a stage manifest", _is_manifest)
-        there = place.files()
-        for file in manifest["files"]:
-            size = there[file["name"]].size if file["name"] in there else None
-            if size != file["bytes"]:
-                found = "missing" if size is None else f"{size} bytes"
-                raise unusable(f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}")
-        self.manifests[name] = manifest
-        return True
+        if name not in self.manifests and (found := committed(self.place / name)):
+            self.manifests[name] = found
+        return name in self.manifests
 
     def _commit(self, name: str, stage: Stage, seconds: float) -> None:
         place, fs, own = self.place / name, self.place.fs, os.path.basename(stage.place.path)
@@ -245,6 +228,49 @@ class Step:
         }
         self.run.lease.check()
         (place / "manifest.json").write_json(self.manifests[name])
+
+
+# -- reading: for whoever wants to, without the lease -------------------------------------------------------------------
+
+
+def records(run: Place) -> list[Json]:
+    """The records of the finished rounds of a run directory, in order."""
+    found: list[Json] = []
+
+    def valid(record: Json) -> bool:
+        return "fingerprint" in record and record.get("round") == len(found)
+
+    remedy = "move it away and run the same command: the round's record is rebuilt from its stages"
+    while (place := run / f"round-{len(found):02d}" / "record.json").exists():
+        found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
+    return found
+
+
+def committed(stage: Place) -> Json | None:
+    """The manifest of a stage's folder; None when there is none. Raises UserError when it, or a file it names, is damaged."""
+    if not (stage / "manifest.json").exists():
+        return None
+    remedy = "move the folder away and run the same command: the stage is computed again"
+    manifest = (stage / "manifest.json").read_json(remedy, "a stage manifest", _is_manifest)
+    there = stage.files()
+    for file in manifest["files"]:
+        size = there[file["name"]].size if file["name"] in there else None
+        if size != file["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise unusable(f"{(stage / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}")
+    return manifest
+
+
+def recipe_of(run: Place) -> Recipe:
+    """The recipe that a run directory was last started with. Raises UserError when it is no run directory."""
+    path = run / "recipe.json"
+    if not path.exists():
+        raise UserError(f"{run.uri}: has no recipe.json; is it a run directory?")
+    known = path.read_json("restore the file", "the recipe of a run", _is_recipe)
+    try:
+        return Recipe.model_validate(known.get("recipe"))
+    except ValidationError as error:
+        raise unusable(f"{path.uri}: {one_line(error)}; read it with the version of undo-ray that wrote it") from None
 
 
 def _is_manifest(found: Json) -> bool:
