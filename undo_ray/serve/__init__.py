@@ -155,16 +155,13 @@ def _check(asked: Asked, engine: Engine) -> None:
     if not os.environ.get("RAY_ADDRESS"):  # on a cluster the proxy is on its head node
         try:
             # Without SO_REUSEPORT, which Serve sets: with it two servers would silently share the port.
-            with socket.create_server((asked.host, asked.port), family=_family(asked.host)):
-                pass
+            with socket.socket(socket.AF_INET6 if ":" in asked.host else socket.AF_INET) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((asked.host, asked.port))
         except OSError as error:
             raise UserError(
                 f"{asked.host}:{asked.port}: cannot be listened on ({error.strerror}); give another --port or --host"
             ) from None
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _check_room(asked: Asked, engine: Engine) -> None:
