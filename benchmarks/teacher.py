@@ -5,10 +5,12 @@
 DIR holds gsm8k/train.jsonl. The model is a random Llama of 25M parameters, fp32, one engine on one CPU thread, 64 tokens an
 answer (random weights seldom end earlier), so that the engine is what takes the time. The sides take turns; each figure is the
 median of `--runs`, with the lowest and the highest. A side's seconds begin when its engine is up; for R2, where the other side
-does not tell, they are those of all rows less those of one row, engine start included, on both sides.
+does not tell, they are those of all rows less those of one row, engine start included, on both sides. A stage ends 1 to 2 s
+after its engine: the last rows are graded and written then, so `--rows` says what that weighs.
 
     R1           raw vllm.LLM.generate of all prompts, then grading them one by one ÷ our stage: read, prompt, generate, grade,
                  Parquet; seconds
+    engine_share seconds in which our engine had rows ÷ seconds of our stage
     R2           output tokens/s of our stage ÷ of ray.data.llm's build_processor as it comes; lengths of a long tail: answers
                  drawn at temperature 1 end at the first of a set of letters, after 512 tokens at the latest
     R3           rationales/s of our stage ÷ of transformers' generate, one prompt at a time
@@ -34,7 +36,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,6 +49,8 @@ from undo_ray.place import Place
 
 TOKENS = 64
 """Of an answer."""
+FEW = 48
+"""Rows of what is slow: transformers one at a time, and the long prompts of R4."""
 SHARED, OWN = 1000, 200
 """Tokens of a prompt for R4."""
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -129,15 +133,26 @@ def said(code: str, directory: str, prompts: list[Any]) -> list[float]:
     return [float(part) for part in line.split()[1:]]
 
 
+class Stage(NamedTuple):
+    """What our side took."""
+
+    seconds: float
+    """From the engine being up to the last Parquet file."""
+    in_all: float
+    tokens: int
+    """Completion tokens."""
+    busy: float
+    """Seconds in which the engine had rows."""
+
+
 def ours(
     directory: str,
     chats: list[Any],
     scratch: Path,
     while_it_runs: Callable[[Place], None] | None = None,
     sampling: Sampling = PLAINLY,
-) -> tuple[float, float, int]:
-    """(seconds from the engine being up to the last Parquet file, seconds in all, completion tokens), through the loop's own
-    pool and graders."""
+) -> Stage:
+    """Our side, through the loop's own pool and graders."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import ray.data
@@ -179,7 +194,7 @@ def ours(
     if watcher:
         watcher.join()
     tokens = sum(line["generation"]["completion_tokens"] for line in journal.lines(kept))
-    return end - max(start["ready"] for start in journal.starts(kept)), end - begun, tokens
+    return Stage(end - max(start["ready"] for start in journal.starts(kept)), end - begun, tokens, journal.busy(kept))
 
 
 def stock(directory: str, chats: list[Any], scratch: Path) -> tuple[float, int]:
@@ -222,10 +237,9 @@ def heavy_tailed(directory: str, chats: list[Any], scratch: Path) -> float:
     """R2 of one run."""
     sampling = Sampling(temperature=1.0, max_tokens=LONGEST, stop=STOPS)
     (one, few), (many, all_of_stock) = (said(STOCK, directory, part) for part in (chats[:1], chats))
-    (_, our_one, our_few), (_, our_many, our_all) = (
-        ours(directory, part, scratch, sampling=sampling) for part in (chats[:1], chats)
-    )
-    return ((our_all - our_few) / (our_many - our_one)) / ((all_of_stock - few) / (many - one))
+    single, whole = (ours(directory, part, scratch, sampling=sampling) for part in (chats[:1], chats))
+    rate = (whole.tokens - single.tokens) / (whole.in_all - single.in_all)
+    return rate / ((all_of_stock - few) / (many - one))
 
 
 def reloaded(directory: str, other: str) -> float:
@@ -301,20 +315,22 @@ def main() -> None:
         scratch = Path(home)
         directory, other = (make(scratch / name, questions[:2000]) for name in ("model", "other"))
         chats = [[{"role": "user", "content": question}] for question in questions[: options.rows]]
-        few, words = options.rows // 4, " ".join(questions).split()
-        first, last = (prompts_of(words, directory, few, order) for order in (True, False))
+        words = " ".join(questions).split()
+        first, last = (prompts_of(words, directory, FEW, order) for order in (True, False))
 
         def whole_stage() -> dict[str, float]:
-            raw, (own, _, tokens) = alone(RAW, directory, chats), ours(directory, chats, scratch)
+            raw = alone(RAW, directory, chats)
+            stage = ours(directory, chats, scratch)
             return {
-                "R1": raw / own,
-                "R3": (len(chats) / own) / (few / alone(PLAIN, directory, chats[:few])),
-                "stage_tokens_per_second": tokens / own,
-                "raw_tokens_per_second": tokens / raw,
+                "R1": raw / stage.seconds,
+                "engine_share": stage.busy / stage.seconds,
+                "R3": (len(chats) / stage.seconds) / (FEW / alone(PLAIN, directory, chats[:FEW])),
+                "stage_tokens_per_second": stage.tokens / stage.seconds,
+                "raw_tokens_per_second": stage.tokens / raw,
             }
 
         def shared_part() -> dict[str, float]:
-            ratio = ours(directory, first, scratch)[0] / ours(directory, last, scratch)[0]
+            ratio = ours(directory, first, scratch).seconds / ours(directory, last, scratch).seconds
             return {"R4": ratio, "R4_over_raw": ratio / (alone(RAW, directory, first) / alone(RAW, directory, last))}
 
         sides: dict[str, Callable[[], dict[str, float]]] = {

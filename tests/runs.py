@@ -29,16 +29,20 @@ SMALL = (
 """Overrides of `mini` for a whole run of one round that takes about a minute; a later override of a key counts."""
 
 
-def start(recipe: str, run_dir: Path | str, *overrides: str) -> subprocess.Popen[str]:
-    """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`; `run_dir`: a path, or a URI as it is."""
+def start(
+    recipe: str, run_dir: Path | str, *overrides: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`; `run_dir`: a path, or a URI as it is.
+
+    `environment`: variables beside those of this process.
+    """
     if isinstance(run_dir, Path):
         # Relative on purpose, as people write it: workers have other working directories.
         run_dir = os.path.relpath(run_dir, ROOT)
     sets = [part for override in overrides for part in ("--set", override)]
     command = [sys.executable, "jobs/undo.py", f"jobs/recipes/{recipe}.toml", "--run-dir", run_dir, *sets]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
-    )
+    known = {**os.environ, **(environment or {})}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

@@ -137,11 +137,11 @@ class Begun(Exception):
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what needs a cluster: starting one, asking what it has, and the progress board on it."""
-    from undo_ray import loop
+    from undo_ray import loop, placement
 
     monkeypatch.setattr(loop, "start_ray", lambda verbose: None)
-    monkeypatch.setattr(loop, "check_placement", lambda recipe: None)
-    monkeypatch.setattr(Progress, "connect", lambda self: None)
+    monkeypatch.setattr(placement, "check", lambda recipe, say: None)
+    monkeypatch.setattr(Progress, "connect", lambda self, run: None)
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "undo_ray"
 
 LAYERS = (
-    ("types", "progress"),  # progress is a leaf: what a person sees while a stage works
-    ("config", "frame", "prompts", "grading"),
+    ("types",),
+    ("config", "frame", "prompts", "grading", "progress"),
     ("place", "track"),
     ("lease",),
     ("gap", "store"),
     ("tasks", "models", "clean"),
     ("problems", "engines", "train"),
-    ("generate", "lessons"),
+    ("generate", "lessons", "placement"),
     ("report", "regrade"),
-    ("loop", "plan", "serve"),
+    ("loop", "plan", "serve", "status"),
     ("cli",),
     ("__main__",),
 )
@@ -39,7 +39,7 @@ NEVER = {
 LIGHT = ("types", "config", "prompts", "frame", "grading", "gap")
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets")
 
-CODE_LINES = 6_700
+CODE_LINES = 7_100
 DRIVER_LINES = 40
 
 

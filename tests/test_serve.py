@@ -145,7 +145,6 @@ def test_bad_input_is_one_line_before_ray_starts(held: Run, tmp_path: Path) -> N
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         cases = [
-            ("", ["serve", str(tmp_path)], "has no recipe.json; is it a run directory?"),
             ("", ["serve", run, "--round", "9"], "round 9 has no finished student"),
             ("", ["serve", run, "--port", port], f"127.0.0.1:{port}: cannot be listened on (Address already in use)"),
             ("", ["serve", run, "--port", "70000"], "--port 70000: give one from 1 to 65535"),
@@ -157,6 +156,8 @@ def test_bad_input_is_one_line_before_ray_starts(held: Run, tmp_path: Path) -> N
             exit_code, said = cli(code, *arguments)
             assert (exit_code, said.count("\n")) == (2, 1), said
             assert expected in said
+    exit_code, said = cli("", "serve", str(tmp_path))
+    assert (exit_code, said) == (4, f"undo-ray: {tmp_path}: has no recipe.json; give a run directory\n")
 
 
 def test_a_run_without_a_finished_round_has_no_best_student(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_content_in_parts_is_their_text(client: openai.OpenAI) -> None:
         ({"extra_body": {"min_p": 0.1}}, "min_p", "not supported by this server"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "wizard", "content": "?"}]}, "messages.0.role", "'user'"),
-        ({"max_tokens": 2048}, "max_tokens", "context is 2048 tokens"),
+        ({"max_tokens": 2049}, "max_tokens", "context is 2048 tokens"),
         ({"messages": [{"role": "user", "content": "count " * 3000}]}, "messages", "context is 2048 tokens"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
@@ -339,5 +340,5 @@ def test_vllm_serves_the_same_answer(held: Run, reference: Any) -> None:
         assert found.usage and (found.usage.prompt_tokens, found.usage.completion_tokens) == (prompt, answer)
         stream = asked.chat.completions.create(model="student", messages=ASK, max_tokens=24, temperature=0, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text
-        with pytest.raises(openai.BadRequestError, match="2048"):
-            asked.chat.completions.create(model="student", messages=ASK, max_tokens=2048)
+        with pytest.raises(openai.BadRequestError, match="2049"):
+            asked.chat.completions.create(model="student", messages=ASK, max_tokens=2049)

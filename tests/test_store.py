@@ -25,8 +25,8 @@ from undo_ray import lease
 from undo_ray.config import Recipe
 from undo_ray.place import Place
 from undo_ray.progress import Progress
-from undo_ray.store import Stage, open_run
-from undo_ray.types import UserError
+from undo_ray.store import Run, Stage, open_run
+from undo_ray.types import Damaged, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"teacher.model": "aaaa", "student.model": "bbbb"}
@@ -60,8 +60,8 @@ def never(out: Stage) -> None:
 
 
 def names(place: Place) -> list[str]:
-    """Every file below, without the lease."""
-    return [name for name in place.files() if name != "lock.json"]
+    """Every file below, without the lease and what is for looking at alone."""
+    return [name for name in place.files() if name not in ("lock.json", "progress.json")]
 
 
 def contents(place: Place) -> dict[str, bytes]:
@@ -295,7 +295,7 @@ def test_a_corrupt_manifest_is_named_and_nothing_is_deleted(local: Place, damage
     before = contents(local)
     message = refused(lambda: measure_again(local))
     assert message.startswith(f"{file.uri}: ")
-    assert "move the folder away and run the same command" in message
+    assert "run the same command" in message
     assert contents(local) == before
 
 
@@ -315,7 +315,7 @@ def test_a_corrupt_record_is_named_and_nothing_is_deleted(local: Place, damage: 
     before = contents(local)
     message = refused(lambda: measure_again(local))
     assert message.startswith(f"{file.uri}: ")
-    assert "move it away and run the same command" in message
+    assert "run the same command" in message
     assert contents(local) == before
 
 
@@ -341,7 +341,63 @@ def test_a_record_without_its_stage_says_so(place: Place) -> None:
     (place / "round-00" / "measure").remove()
     with opened(place) as run:
         message = refused(lambda: run.round(0).made("measure"))
-    assert message.startswith(f"{(place / 'round-00' / 'measure').uri}: ") and "move record.json" in message
+    assert message.startswith(f"{(place / 'round-00' / 'measure').uri}: ") and "run the same command" in message
+
+
+def test_what_is_damaged_is_set_aside_and_made_again_and_the_rest_is_kept(place: Place) -> None:
+    def make(run: Run) -> Any:
+        step = run.round(0)
+        step.once("rationales", numbers, 10)
+        step.once("measure", numbers, 4)
+        return step
+
+    def done(run: Run) -> None:
+        make(run).commit(validation={"accuracy": 0.5}, seconds={"rationales": 1.0, "measure": 1.0})
+
+    with opened(place) as run:
+        done(run)
+    kept = {name: data for name, data in contents(place).items() if "measure" in name}
+    [cut] = [name for name in names(place) if name.startswith("round-00/rationales/try-")]
+    broken, record = (place / cut).read_bytes()[:-4], (place / "round-00/record.json").read_bytes()
+    (place / cut).write_bytes(broken)
+    with opened(place) as run:
+        run.mend()
+        assert run.records() == []
+        done(run)
+        assert len(run.records()) == 1
+        run.mend()
+        run.round(0).once("rationales", never)
+    found = contents(place)
+    assert kept.items() <= found.items()
+    aside = {name: data for name, data in found.items() if name.startswith("damaged/")}
+    assert sorted(aside.values(), key=len)[-1] in (broken, record) and {broken, record} <= set(aside.values())
+
+
+def test_a_cut_record_is_set_aside_and_rebuilt(place: Place) -> None:
+    file = damaged(place, "round-00/record.json", lambda data: data[:-20])
+    cut = file.read_bytes()
+    with opened(place) as run:
+        run.mend()
+        assert run.records() == []
+        run.round(0).once("measure", never)
+    assert cut in [data for name, data in contents(place).items() if name.startswith("damaged/")]
+
+
+def test_what_a_stage_cannot_read_of_its_own_is_set_aside_and_the_stage_done_without_it(place: Place) -> None:
+    def killed(out: Stage) -> None:
+        (out.resume / "state/step-7").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    def goes_on(out: Stage) -> None:
+        if (out.resume / "state/step-7").exists():
+            raise Damaged("step-7: cannot be read", (out.resume / "state").uri)
+        numbers(3, out)
+
+    with opened(place) as run, pytest.raises(KeyboardInterrupt):
+        run.once("student", killed)
+    with opened(place) as run:
+        assert run.once("student", goes_on) == {"sum": 3}
+    assert [data for name, data in contents(place).items() if name.startswith("damaged/")] == [b"half"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"identity": 7, "starts": []}'])

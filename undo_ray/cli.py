@@ -1,4 +1,4 @@
-"""The command line: `undo-ray run`, `plan`, `show`, `serve`, `grade` and `mini train-teacher`.
+"""The command line: `undo-ray run`, `evaluate`, `plan`, `status`, `show`, `serve`, `grade` and `mini train-teacher`.
 
 Nothing heavy is imported before the arguments and the recipe are known to be good.
 """
@@ -35,11 +35,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a recipe to its end, or go on with it")
-    run.add_argument("recipe", help="TOML file; every key is in docs/recipe.md")
-    run.add_argument("--run-dir", metavar="DIR", help="path or URI of the run directory; default runs/<recipe name>")
-    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. student.epochs=3")
-    run.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
-    run.set_defaults(do=_run)
+    evaluate = commands.add_parser("evaluate", help="measure one model on a recipe's tests, without any training")
+    for command, do, name in ((run, _run, "<recipe name>"), (evaluate, _evaluate, "evaluate-<recipe name>")):
+        command.add_argument("recipe", help="TOML file; every key is in docs/recipe.md")
+        command.add_argument("--run-dir", metavar="DIR", help=f"path or URI of the run directory; default runs/{name}")
+        command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, e.g. seed=1")
+        command.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
+        command.set_defaults(do=do)
+    evaluate.add_argument("--model", metavar="REF", help="hub id, directory or URI in place of the recipe's student.model")
 
     plan = commands.add_parser("plan", help="estimate what a recipe would cost on given GPUs, without any or from a pilot")
     plan.add_argument("recipe", help="TOML file")
@@ -54,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the tables of finished runs beside each other")
     show.add_argument("run_dir", nargs="+", help="run directories")
     show.set_defaults(do=_show)
+
+    status = commands.add_parser("status", help="say where a run is, from its run directory alone, while it runs too")
+    status.add_argument("run_dir", help="path or URI of the run directory")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    status.set_defaults(do=_status)
 
     serve = commands.add_parser("serve", help="put a run's best student behind an OpenAI-compatible API")
     serve.add_argument("run_dir", help="path or URI of the run directory; the run may still be in progress")
@@ -92,17 +100,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    recipe = config.load(options.recipe, options.set)
-    run_dir = options.run_dir or os.path.join("runs", os.path.splitext(os.path.basename(options.recipe))[0])
-    if not options.verbose:
-        _quiet()
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in run_dir and not os.path.isabs(run_dir):
-        raise UserError(f"--run-dir {run_dir}: a job's working directory is a temporary copy; give an absolute path or a URI")
+    recipe, run_dir = _started(options, options.set)
     from undo_ray import loop, report
     from undo_ray.place import Place
 
     print(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}"))
     print(f"\nrun: {run_dir}    report: {(Place(run_dir) / 'report.json').uri}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import json
+
+    model = [f"student.model={json.dumps(options.model)}"] if options.model else []
+    recipe, run_dir = _started(options, [*options.set, *model], "evaluate-")
+    from undo_ray import loop, report
+
+    print(report.scores(loop.evaluate(recipe, run_dir, options.verbose)))
+    print(f"\nrun: {run_dir}")
+
+
+def _started(options: argparse.Namespace, changes: list[str], prefix: str = "") -> tuple[config.Recipe, str]:
+    """(recipe, run directory) of a command that works."""
+    recipe = config.load(options.recipe, changes)
+    name = os.path.splitext(os.path.basename(options.recipe))[0]
+    run_dir = options.run_dir or os.path.join("runs", prefix + name)
+    if not options.verbose:
+        _quiet()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in run_dir and not os.path.isabs(run_dir):
+        raise UserError(f"--run-dir {run_dir}: a job's working directory is a temporary copy; give an absolute path or a URI")
+    return recipe, run_dir
 
 
 def _quiet() -> None:
@@ -133,14 +159,16 @@ def _plan(options: argparse.Namespace) -> None:
 def _pilot(recipe: config.Recipe, count: str, kind: str) -> dict[str, Any]:
     """What `pilot.run` measures, on the Ray that a run would have."""
     _quiet()
+    from functools import partial
+
     from undo_ray.plan import pilot
 
     small = pilot.small(recipe, count)
-    from undo_ray import loop
+    from undo_ray import loop, placement
 
     small = loop.located(small)
     loop.start_ray(verbose=False)
-    loop.check_placement(small)
+    placement.check(placement.asked(small), partial(print, file=sys.stderr))
     return pilot.run(small, kind)
 
 
@@ -148,6 +176,15 @@ def _show(options: argparse.Namespace) -> None:
     from undo_ray import report
 
     print("\n".join(report.table(report.read(path), title=f"\n{path}") for path in options.run_dir))
+
+
+def _status(options: argparse.Namespace) -> None:
+    import json
+
+    from undo_ray import status
+
+    found = status.read(options.run_dir)
+    print(json.dumps(found, indent=2) if options.json else status.text(found))
 
 
 def _serve(options: argparse.Namespace) -> None:

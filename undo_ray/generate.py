@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
-from undo_ray.engines.journal import busy, finished, interrupted, share, starts
+from undo_ray.engines.journal import busy, damaged, finished, interrupted, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place
@@ -414,7 +414,9 @@ def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
 
 
 def _resumed(out: Stage) -> None:
-    """Note and say what an earlier start of this stage left in the journal."""
+    """Note and say what an earlier start of this stage left in the journal, once what cannot be read there is set aside."""
+    for file in damaged(_journal(out)):
+        out.ledger.set_aside(file, f"{file.uri}: not a whole Parquet file")
     known, begun = finished(_journal(out)), interrupted(_journal(out))
     out.note(resumed=known, interrupted={"driver": begun})
     if known:
@@ -484,6 +486,7 @@ def _judge(
     for row, generations in asked:
         rows.append(judge(row, generations, list(islice(verdicts, len(generations)))))
         seen.update(done=1, asked=bool(generations), tokens=sum(generation["completion_tokens"] for generation in generations))
+        seen.update(errors=any(generation["engine_error"] is not None for generation in generations))
         seen[well] += bool(generations) and gap.good(rows[-1], column)
     if board is not None:
         board.add.remote(**seen)

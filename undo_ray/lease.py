@@ -43,7 +43,7 @@ class Lease:
                 if lease._create():
                     lease._thread.start()
                     return lease
-                holder = lease._holder()
+                holder = _read(lease.place)
                 if holder and not _dead(holder):
                     raise unusable(
                         f"{lease.place.uri}: held by pid {holder['pid']} on {holder['host']} since {holder['since']}; wait for "
@@ -76,16 +76,9 @@ class Lease:
         self.place.write_json(self._content())
         return True
 
-    def _holder(self) -> dict[str, Any] | None:
-        """Who holds the lease; None when there is no lock, or one that cannot be a driver's."""
-        try:
-            return self.place.read_json("", valid=lambda found: found.keys() >= _KEYS)
-        except (FileNotFoundError, UserError):
-            return None
-
     def check(self) -> None:
         """Raises UserError when another driver has taken the directory over."""
-        holder = self._holder()
+        holder = _read(self.place)
         if not holder or holder["token"] != self.token:
             who = f"pid {holder['pid']} on {holder['host']}" if holder else "somebody"
             raise unusable(f"{self.place.uri}: {who} has taken this run directory over; this driver stops")
@@ -104,9 +97,23 @@ class Lease:
         """Give it back, unless it is somebody else's by now."""
         self._stop.set()
         self._thread.join()
-        holder = self._holder()
+        holder = _read(self.place)
         if holder and holder["token"] == self.token:
             self.place.remove()
+
+
+def holder(run: Place) -> tuple[dict[str, Any] | None, bool]:
+    """(who holds a run directory or held it when it died, whether it lives); (None, False) where nobody does."""
+    found = _read(run / "lock.json")
+    return found, found is not None and not _dead(found)
+
+
+def _read(lock: Place) -> dict[str, Any] | None:
+    """What a lock says; None when there is none, or one that cannot be a driver's."""
+    try:
+        return lock.read_json("", valid=lambda found: found.keys() >= _KEYS)
+    except (FileNotFoundError, UserError):
+        return None
 
 
 def _dead(holder: dict[str, Any]) -> bool:

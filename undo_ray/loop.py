@@ -6,16 +6,16 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
 
-from undo_ray import engines, gap, models, problems, report
-from undo_ray.config import Placement, Recipe, identity
-from undo_ray.engines.kept import RELAY_CPUS, release
+from undo_ray import engines, gap, models, placement, problems, report
+from undo_ray.config import Recipe, identity
+from undo_ray.engines.kept import release
 from undo_ray.gap import Gap
 from undo_ray.generate import attempt, explain, measure, test
 from undo_ray.lessons import accept
@@ -84,35 +84,63 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
 
     Raises UserError with one line for whatever the person running it can mend; what is committed stays.
     """
-    progress = Progress()
-    refs = {} if recipe.teacher.engine.remote else {"teacher.model": recipe.teacher.model}
-    refs["student.model"] = recipe.student.model
-    if recipe.round0.startswith("student:"):
-        refs["round0"] = recipe.round0.removeprefix("student:")
-    for role in ("teacher", "student"):
-        engines.check(getattr(recipe, role).engine, f"{role}.engine")
-    weights = {key: models.check(ref, recipe.seed, key) for key, ref in refs.items()}
-    with open_run(run_dir, recipe, weights, progress) as held:
+    with open_run(run_dir, recipe, checked(recipe, ("teacher", "student")), Progress()) as held:
+        held.mend()
         if known := report.finished(held):
-            progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
+            held.progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
             return known
-        progress.tracker = Tracker(recipe.track, held.place.uri, identity(recipe))  # a missing package stops here
+        with working(recipe, held, placement.asked(recipe), verbose) as recipe:
+            try:
+                records = undo(recipe, held)
+            except UserError as error:
+                if error.exit_code == 3 and (records := held.records()):
+                    finish(recipe, held, records, "no_lessons")
+                raise
+            return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
+
+
+def evaluate(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
+    """`student.model` as it is on the recipe's tests, with a run's prompts, engine and graders: {model, tests: scores}.
+
+    The run directory is one of its own; a killed evaluation goes on as a run does. Raises UserError as `run` does.
+    """
+    if not recipe.data.tests:
+        raise UserError("data.tests is empty: there is nothing to evaluate on; name tests in the recipe")
+    with open_run(run_dir, recipe, checked(recipe, ("student",)), Progress()) as held:
+        held.mend()
+        asks = [ask for ask in placement.asked(recipe) if ask.key == "student.engine"]
+        with working(recipe, held, asks, verbose) as recipe:
+            held.once("problems", problems.prepare, recipe)
+            found = {"model": recipe.student.model, "tests": measured(recipe, held)[1]}
+        (held.place / "evaluation.json").write_json(found)
+        return found
+
+
+def checked(recipe: Recipe, roles: Sequence[str]) -> dict[str, str]:
+    """Fingerprints of the weights behind what the recipe names for these roles, once their engines are known to be there."""
+    refs = {f"{role}.model": getattr(recipe, role).model for role in roles if not getattr(recipe, role).engine.remote}
+    if "teacher" in roles and recipe.round0.startswith("student:"):
+        refs["round0"] = recipe.round0.removeprefix("student:")
+    for role in roles:
+        engines.check(getattr(recipe, role).engine, f"{role}.engine")
+    return {key: models.check(ref, recipe.seed, key) for key, ref in refs.items()}
+
+
+@contextmanager
+def working(recipe: Recipe, held: Run, asks: Sequence[placement.Ask], verbose: bool) -> Iterator[Recipe]:
+    """While the block runs, Ray is up, holds what is asked, and is followed. Yields the recipe as workers find its models."""
+    progress = held.progress
+    progress.tracker = Tracker(recipe.track, held.place.uri, identity(recipe))  # a missing package stops here
+    try:
         if not held.begun():
             problems.check(recipe)
-        recipe = located(recipe)
         start_ray(verbose)
-        check_placement(recipe)
-        progress.connect()
-        try:
-            records = undo(recipe, held)
-            return finish(recipe, held, records, "rounds" if len(records) > recipe.rounds else "converged")
-        except UserError as error:
-            if error.exit_code == 3 and (records := held.records()):
-                finish(recipe, held, records, "no_lessons")
-            raise
-        finally:
-            progress.tracker.close()
-            release(held.engines)
+        placement.check(asks, progress.say)
+        progress.connect(held.place.uri)
+        yield located(recipe)
+    finally:
+        progress.tracker.close()
+        release(held.engines)
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -126,13 +154,19 @@ def located(recipe: Recipe) -> Recipe:
 def finish(recipe: Recipe, run: Run, records: list[Json], stopped: str) -> Json:
     """The tests, read only now, for the base model and every round; then the report."""
     if recipe.data.tests:
+        asked, _ = measured(recipe, run)
         tests = run.tests(recipe)
-        asked = tests.once("problems", problems.prepare_tests, recipe)
-        tests.once("base", test, asked, recipe.student.model, recipe)
         for record in records:
             student = run.round(record["round"]).made("student")
             tests.once(f"round-{record['round']:02d}", test, asked, student, recipe)
     return report.write(run, records, stopped)
+
+
+def measured(recipe: Recipe, run: Run) -> tuple[Dataset, Json]:
+    """The test questions, and the scores of the untrained student on them."""
+    tests = run.tests(recipe)
+    asked = tests.once("problems", problems.prepare_tests, recipe)
+    return asked, tests.once("base", test, asked, recipe.student.model, recipe)
 
 
 def start_ray(verbose: bool) -> None:
@@ -172,28 +206,3 @@ def _held_back() -> Iterator[None]:
         finally:
             os.dup2(plain, 2)
             os.close(plain)
-
-
-def check_placement(recipe: Recipe) -> None:
-    """Raises UserError (exit code 5) when the cluster cannot hold what the recipe asks for at a time."""
-    have, teacher, student = ray.cluster_resources(), recipe.teacher.engine, recipe.student.engine
-    pools = {"teacher.engine": teacher, "student.engine": student}
-    kept = {key: engine for key, engine in pools.items() if engine.lifetime == "run"}
-    asked: list[tuple[str, int, Placement, float]] = [  # key, how many, each, CPUs beside them
-        *((key, engine.min_replicas or engine.replicas, engine.resources, 1) for key, engine in pools.items()),
-        ("student.workers", recipe.student.workers, recipe.student.resources, 0),
-    ]
-    for key, count, each, beside in asked:
-        held = [(engine.replicas, engine.resources) for other, engine in kept.items() if other != key]
-        beside += RELAY_CPUS * count if key in kept else 0
-        beside_it = f', beside {" and ".join(other for other in kept if other != key)} (lifetime = "run")' if held else ""
-        for kind, wanted in (
-            ("CPU", beside + sum(n * one.cpus for n, one in [(count, each), *held])),
-            ("GPU", sum(n * one.gpus for n, one in [(count, each), *held])),
-        ):
-            if wanted > have.get(kind, 0):
-                raise UserError(
-                    f"{key}: needs {wanted:g} {kind}s at a time{beside_it}, the cluster has {have.get(kind, 0):g}; lower "
-                    "replicas, workers or resources in the recipe, or run on a larger cluster",
-                    exit_code=5,
-                )

@@ -130,6 +130,15 @@ class Place:
         elif kind == pafs.FileType.File:
             self.fs.delete_file(self.path)
 
+    def move(self, to: Place) -> None:
+        """Move the file or folder to another place on its file system, which must be free."""
+        files = self.files() if self.fs.get_file_info(self.path).type == pafs.FileType.Directory else [""]
+        for name in files:
+            there = f"{to.path}/{name}".rstrip("/")
+            self.fs.create_dir(os.path.dirname(there), recursive=True)
+            self.fs.move(f"{self.path}/{name}".rstrip("/"), there)
+        self.remove()
+
     def upload(self, directory: str) -> None:
         """Copy a local directory here."""
         pafs.copy_files(directory, self.made().path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)

@@ -1,59 +1,86 @@
 """What a person sees while a stage works: a bar at a terminal, a plain line every few seconds in a job log.
 
 The workers of a stage report to one small actor, the board; a thread of the driver reads it and writes. Nothing in a stage
-waits for it.
+waits for it. The same figures go to `progress.json` of the run directory, where `undo-ray status` finds them, and, from the
+board, to Ray's metrics.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from undo_ray.types import UserError, now
 
 LINE_SECONDS = 5.0
 """Between two lines of a job log."""
 
 
-class Board:
-    """Running totals of the stage in progress. Made a Ray actor by `Progress.connect`."""
+KEEP_SECONDS = 10.0
+"""Between two writings of progress.json."""
 
-    def __init__(self) -> None:
+ERRORS = 5
+"""Of a run, that progress.json keeps."""
+
+
+class Board:
+    """Running totals of the stage in progress, and their gauges in Ray's metrics: `undo_ray_done`, `undo_ray_total`,
+    `undo_ray_tokens`… by `run`, `round` and `stage`. Made a Ray actor by `Progress.connect`."""
+
+    def __init__(self, run: str = "") -> None:
         self.figures: dict[str, float] = {}
+        self._run, self._tags, self._gauges = run, dict[str, str](), dict[str, Any]()
+
+    def begin(self, k: int | None, stage: str) -> None:
+        """A stage begins: all totals are zero. `k`: its round, None outside rounds."""
+        self.figures, self._tags = {}, {"run": self._run, "round": "" if k is None else str(k), "stage": stage}
 
     def add(self, **figures: float) -> None:
         """Add to counters: `done` rows, `asked` rows, `accepted` or `right` rows, `tokens`."""
-        for name, value in figures.items():
-            self.figures[name] = self.figures.get(name, 0) + value
+        self.set(**{name: self.figures.get(name, 0) + value for name, value in figures.items()})
 
     def set(self, **figures: float) -> None:
-        """Set gauges: `loss`, and counters of one reporter."""
+        """Set gauges: `total` rows or steps, `loss`, and counters of one reporter."""
+        from ray.util.metrics import Gauge
+
         self.figures.update(figures)
+        for name, value in figures.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"undo_ray_{name}", f"{name} of a stage of undo-ray", tuple(self._tags))
+            self._gauges[name].set(value, self._tags)
 
     def read(self) -> dict[str, float]:
         return dict(self.figures)
 
-    def clear(self) -> None:
-        self.figures = {}
-
 
 class Progress:
-    """Writes the progress of one stage at a time to `stream`."""
+    """Writes the progress of one stage at a time to `stream`, and, after `keep`, to a file."""
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
         self.board: Any = None
         self.tracker: Any = None  # of track.py, where curves go besides
-        self._total: float | None = None
+        self._file: Any = None  # a Place
+        self._state: dict[str, Any] = {"errors": []}
         self._width = 0
 
-    def connect(self) -> None:
-        """Put the board on the Ray cluster; without it stages are announced but not followed."""
+    def connect(self, run: str = "") -> None:
+        """Put the board on the Ray cluster; without it stages are announced but not followed. `run`: its name in metrics."""
         import ray
 
-        self.board = ray.remote(Board).options(num_cpus=0).remote()
+        self.board = ray.remote(Board).options(num_cpus=0).remote(run)
+
+    def keep(self, file: Any) -> None:
+        """From now on keep the state of the run in this file (a `Place`), with the errors that are there already."""
+        self._file = file
+        if file.exists():
+            with suppress(Exception):  # what it says is for reading alone: a damaged one is written anew
+                self._state["errors"] = list(json.loads(file.read_bytes())["errors"])
 
     def say(self, text: str) -> None:
         """One plain line."""
@@ -62,32 +89,50 @@ class Progress:
 
     def total(self, rows: float) -> None:
         """How many rows (or steps) the stage in progress has to do."""
-        self._total = rows
+        if self.board is not None:
+            self.board.set.remote(total=rows)
 
     @contextmanager
-    def stage(self, name: str, k: int) -> Iterator[None]:
-        title = f"round {k} · {name}" if k >= 0 else name
-        start, self._total = time.monotonic(), None
+    def stage(self, name: str, k: int, title: str) -> Iterator[None]:
+        """While the block runs, this is the stage in progress. `title`: what people read, such as `round 1 · measure`."""
+        start = time.monotonic()
         if self.board is not None:
-            self.board.clear.remote()
+            self.board.begin.remote(*((k, name) if k >= 0 else (None, title)))
+        self._state |= {"round": k, "stage": name, "title": title, "figures": {}, "seconds": 0.0}
+        self._save()
         stop = threading.Event()
         thread = threading.Thread(target=self._follow, args=(title, start, stop), daemon=True, name="undo_ray progress")
         thread.start()
         try:
             yield
+        except BaseException as error:
+            self._failed(error)
+            raise
         finally:
             stop.set()
             thread.join()
-        self.say(f"{title}: {self._line(start, final=True)}")
+            self._state["seconds"], self._state["figures"] = time.monotonic() - start, self._read()
+            self._save()
+        self.say(f"{title}: {line(self._state['figures'], self._state['seconds'], final=True)}")
 
     def _follow(self, title: str, start: float, stop: threading.Event) -> None:
-        live = self.stream.isatty()
+        live, due = self.stream.isatty(), start + KEEP_SECONDS
         while not stop.wait(0.5 if live else LINE_SECONDS):
-            line = self._line(start)
+            figures, seconds = self._read(), time.monotonic() - start
             if live:
-                self._bar(f"{title}: {line}")
-            elif line:
-                print(f"{title}: {line}", file=self.stream, flush=True)
+                self._bar(f"{title}: {line(figures, seconds, bar=True)}")
+            else:
+                print(f"{title}: {line(figures, seconds)}", file=self.stream, flush=True)
+            if time.monotonic() >= due:
+                self._state |= {"figures": figures, "seconds": seconds}
+                self._save()
+                due = time.monotonic() + KEEP_SECONDS
+
+    def _failed(self, error: BaseException) -> None:
+        """Note why a stage ended; kept with the next `_save`."""
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        new = {"at": now(), "stage": self._state["title"], "error": " ".join(what.split())[:1000]}
+        self._state["errors"] = [*self._state["errors"], new][-ERRORS:]
 
     def _bar(self, text: str) -> None:
         """Overwrite the terminal's current line."""
@@ -95,22 +140,10 @@ class Progress:
             print("\r" + text.ljust(self._width), end="" if text else "\r", file=self.stream, flush=True)
             self._width = len(text)
 
-    def _line(self, start: float, final: bool = False) -> str:
-        figures, seconds = self._read(), time.monotonic() - start
-        done, asked, tokens = (figures.get(name, 0) for name in ("done", "asked", "tokens"))
-        total = figures.get("total", self._total)  # training workers know their own
-        left = f"starting, {seconds:.0f} s"
-        parts = []
-        if total and done:
-            bar = f"[{'#' * int(20 * min(1.0, done / total)):.<20}]"
-            parts = [bar] if self.stream.isatty() and not final else []
-            parts.append(f"{done:.0f}/{total:.0f}")
-            left = f"{(total - done) * seconds / done:.0f} s to go"
-        parts += [f"{done / seconds:.1f} rows/s"] if done else []
-        parts += [f"{tokens / seconds:,.0f} tokens/s"] if tokens else []
-        parts += [f"{figures[well] / asked:.0%} {well}" for well in ("accepted", "right") if asked and well in figures]
-        parts += [f"loss {figures['loss']:.3f}"] if "loss" in figures else []
-        return ", ".join([*parts, f"{seconds:.1f} s" if final else left])
+    def _save(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # nor must it here
+                self._file.write_json({**self._state, "at": now()})
 
     def _read(self) -> dict[str, float]:
         if self.board is None:
@@ -121,3 +154,20 @@ class Progress:
             return dict(ray.get(self.board.read.remote(), timeout=5))
         except ray.exceptions.RayError:  # progress must never stop the work; the stage's own calls will say what broke
             return {}
+
+
+def line(figures: Mapping[str, float], seconds: float, final: bool = False, bar: bool = False) -> str:
+    """A stage's figures after so many seconds as text: done of total, rates, shares, and what is left."""
+    done, asked, tokens, total = (figures.get(name, 0) for name in ("done", "asked", "tokens", "total"))
+    left = f"starting, {seconds:.0f} s"
+    parts = []
+    if total and done:
+        parts = [f"[{'#' * int(20 * min(1.0, done / total)):.<20}]"] if bar else []
+        parts.append(f"{done:.0f}/{total:.0f}")
+        left = f"{(total - done) * seconds / done:.0f} s to go"
+    parts += [f"{done / seconds:.1f} rows/s"] if done else []
+    parts += [f"{tokens / seconds:,.0f} tokens/s"] if tokens else []
+    parts += [f"{figures[well] / asked:.0%} {well}" for well in ("accepted", "right") if asked and well in figures]
+    parts += [f"{figures['errors']:.0f} failed"] if figures.get("errors") else []
+    parts += [f"loss {figures['loss']:.3f}"] if "loss" in figures else []
+    return ", ".join([*parts, f"{seconds:.1f} s" if final else left])

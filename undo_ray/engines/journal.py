@@ -52,6 +52,17 @@ def finished(place: Place) -> int:
     return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in _files(place / "done", ".parquet"))
 
 
+def damaged(place: Place) -> list[Place]:
+    """Files of generations that are no whole Parquet files."""
+    found = []
+    for file in _files(place / "done", ".parquet"):
+        try:
+            pq.read_metadata(file.path, filesystem=file.fs)
+        except pa.ArrowInvalid:
+            found.append(file)
+    return found
+
+
 def interrupted(place: Place) -> int:
     """Generations that were in flight when a replica or its driver was killed, and are not finished since."""
     folders = sorted((place / "flight").names())

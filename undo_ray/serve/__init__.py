@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from undo_ray import placement
 from undo_ray.config import MEMORY_KNOBS, Engine
 from undo_ray.gap import best
 from undo_ray.place import Place
@@ -99,7 +100,7 @@ def run(run_dir: str, k: int | None, asked: Asked, start_ray: Callable[[], None]
     engine = served(student.engine, asked)
     _check(asked, engine)
     start_ray()
-    _check_room(asked, engine)
+    _check_cluster(asked, engine)
     say(f"round {student.round} of {run_dir} comes up as {asked.name!r}: {asked.replicas} x {engine.kind}")
     # Ray has set its own handler for SIGTERM by now, which would end the replicas at once.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -164,21 +165,14 @@ def _check(asked: Asked, engine: Engine) -> None:
             ) from None
 
 
-def _check_room(asked: Asked, engine: Engine) -> None:
-    """Raises UserError when Serve runs already, or (exit code 5) when the cluster cannot hold the replicas asked for."""
-    import ray
+def _check_cluster(asked: Asked, engine: Engine) -> None:
+    """Raises UserError when Serve runs already, or (exit code 5) when the cluster can never hold the replicas asked for."""
     from ray import serve as ray_serve
 
     if ray_serve.status().proxies:
         raise UserError("Ray Serve already runs on this cluster, with a host and port of its own; end it with `serve shutdown`")
-    have = ray.cluster_resources()
-    for kind, each in (("CPU", engine.resources.cpus), ("GPU", engine.resources.gpus)):
-        if asked.replicas * each > have.get(kind, 0):
-            raise UserError(
-                f"--replicas {asked.replicas}: needs {asked.replicas * each:g} {kind}s, the cluster has {have.get(kind, 0):g}; "
-                "lower it, or serve on a larger cluster",
-                exit_code=5,
-            )
+    each = engine.resources
+    placement.check([placement.Ask("--replicas", asked.replicas, (float(each.gpus), float(each.cpus)), [])], say)
 
 
 def _deploy(model: str, engine: Engine, asked: Asked) -> None:
@@ -205,13 +199,13 @@ def _deploy(model: str, engine: Engine, asked: Asked) -> None:
     )
     try:
         ray_serve.run(deployment.bind(model, asked.name, engine), name=APP)
-    except RuntimeError as error:
-        text = str(error)
+    except RuntimeError:
+        found = ray_serve.status().applications[APP]
+        text = "\n".join([found.message, *(one.message for one in found.deployments.values())])
         said = re.search(rf"{re.escape(WORKER_SAID)}(.+)$", text, re.MULTILINE)
         last = [line.strip() for line in text.splitlines() if line.strip()][-1]
-        raise UserError(
-            said[1] if said else f"the student did not come up: {last}; --verbose shows more", exit_code=1
-        ) from None
+        why = said[1] if said else f"the student did not come up: {last}; --verbose shows more"
+        raise UserError(why, exit_code=1) from None
 
 
 def _end() -> None:
@@ -224,5 +218,6 @@ def _end() -> None:
             ray_serve.delete(APP)
         except TimeoutError:  # Ray waits 60 s at a time; Serve itself ends a replica whose time is over
             continue
-    ray_serve.shutdown()
+    if os.environ.get("RAY_ADDRESS"):  # a Ray of our own takes Serve with it
+        ray_serve.shutdown()
     ray.shutdown()

@@ -221,21 +221,19 @@ class Transformers:
     def _config(self, asked: Chat, prompt: int) -> GenerationConfig:
         """What is not asked for is as the model's generation_config.json has it, as with vLLM."""
         room = self.context - prompt
-        longest = asked.max_completion_tokens or asked.max_tokens
-        if room < 1 or (longest or 0) > room:
-            wanted = f" and {longest} were asked for" if longest else ""
-            raise Refused(
-                f"This model's context is {self.context} tokens; the messages have {prompt}{wanted}",
-                "messages" if room < 1 else "max_tokens",
-                "context_length_exceeded",
+        longest = asked.max_completion_tokens or asked.max_tokens or room
+        if room < 1 or longest > self.context:
+            what, param = (
+                (f"the messages have {prompt}", "messages") if room < 1 else (f"{longest} were asked for", "max_tokens")
             )
+            raise Refused(f"This model's context is {self.context} tokens; {what}", param, "context_length_exceeded")
         config = copy.deepcopy(self.model.generation_config)
         temperature = next(t for t in (asked.temperature, config.temperature, 1.0) if t is not None)
         config.do_sample = temperature >= GREEDY
         config.temperature = temperature if config.do_sample else None
         config.top_p = (asked.top_p or config.top_p or 1.0) if config.do_sample else None
         config.top_k = (config.top_k or 0) if config.do_sample else None
-        config.max_length, config.max_new_tokens = None, longest or room
+        config.max_length, config.max_new_tokens = None, min(longest, room)
         config.eos_token_id, config.pad_token_id = sorted(self.ends), self.pad
         return config
 

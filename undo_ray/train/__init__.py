@@ -23,7 +23,7 @@ from undo_ray.place import Place
 from undo_ray.store import Stage
 from undo_ray.train.packing import pack
 from undo_ray.train.tokens import content_key, tokenise
-from undo_ray.types import UserError
+from undo_ray.types import Damaged, UserError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -117,6 +117,8 @@ def _raise_failure(failure: Place, spec: Student, error: Exception | None) -> No
 
     if failure.exists():
         known = failure.read_json(REMEDY)
+        if known["damaged"]:
+            raise Damaged(known["message"], known["damaged"]) from error
         raise UserError(known["message"], exit_code=known["exit_code"]) from error
     if error is not None and "OutOfMemory" in repr(error):
         raise UserError(

@@ -27,7 +27,7 @@ from undo_ray.config import Student
 from undo_ray.place import Place
 from undo_ray.train import export, memory, model, sharding
 from undo_ray.train.packing import Steps, supervised_tokens
-from undo_ray.types import Row, UserError
+from undo_ray.types import Damaged, Row, UserError
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 peak by what a GPU's name holds, from NVIDIA's data sheets."""
@@ -69,6 +69,9 @@ def work(config: dict[str, Job]) -> None:
         worker = Worker(job)
         shape = worker.shape
         worker.run()
+    except Damaged as error:  # of one worker's share perhaps, while the others wait for it
+        failed(job, str(error), error.exit_code, error.place)
+        raise
     except UserError as error:  # every worker met it
         if ray.train.get_context().get_world_rank() == 0:
             failed(job, str(error), error.exit_code)
@@ -79,8 +82,8 @@ def work(config: dict[str, Job]) -> None:
         raise  # the others wait for this worker: they must be ended
 
 
-def failed(job: Job, message: str, exit_code: int) -> None:
-    retried(lambda: job.failure.write_json({"message": message, "exit_code": exit_code}))
+def failed(job: Job, message: str, exit_code: int, damaged: str | None = None) -> None:
+    retried(lambda: job.failure.write_json({"message": message, "exit_code": exit_code, "damaged": damaged}))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -229,13 +232,22 @@ class Worker:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return
+        broken = Damaged(f"{checkpoint.path}: this checkpoint cannot be read", (self.job.state / "train").uri)
         with checkpoint.as_directory() as directory:
-            with open(os.path.join(directory, "meta.json"), encoding="utf-8") as file:
-                meta = json.load(file)
+            try:
+                with open(os.path.join(directory, "meta.json"), encoding="utf-8") as file:
+                    meta = json.load(file)
+            except (OSError, ValueError) as error:
+                raise broken from error
             layout, earlier = (self.spec.sharding, self.workers), (meta["sharding"], meta["workers"])
             if refused := refusal(layout, earlier):
                 raise UserError(f"{refused}, or delete {self.job.state.uri} to train this round from its start", exit_code=5)
-            self.sharded.load(directory)
+            try:
+                self.sharded.load(directory)
+            except Exception as error:  # each kind of sharding has its own
+                if out_of_memory(error):
+                    raise
+                raise broken from error
         self.step, self.losses, self.before = meta["step"], meta["losses"], meta["before"]
         self.resumes = [*meta["resumes"], self.step]
 

@@ -1,0 +1,74 @@
+"""Jobs on a cluster that asks for a token: submitted, looked at from outside, stopped, submitted again, and failing."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from head import Cluster, started, wait_for
+
+pytest.importorskip("ray.job_submission", reason="jobs need ray[default], which ray[serve] of the extra test brings")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with started() as found:
+        yield found
+
+
+def metrics(cluster: Cluster) -> list[str]:
+    with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
+        return [line for line in answer.read().decode().splitlines() if "undo_ray_" in line and not line.startswith("#")]
+
+
+def test_a_job_is_followed_stopped_and_goes_on_when_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir, job = tmp_path / "run", "first"
+    sets = [part for override in runs.SMALL for part in ("--set", override)]
+    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *sets)
+    cluster.submit(*command, options=("--no-wait", "--submission-id", job))
+
+    def at_work() -> Any:
+        found = status(run_dir) if (run_dir / "progress.json").exists() else None
+        return (
+            found if found and found["current"]["stage"] == "rationales" and found["current"]["figures"].get("done") else None
+        )
+
+    found = wait_for("rows of round 0", at_work, 240)
+    assert found["state"] == "running" and found["driver"]["seconds_ago"] < 60
+    assert 0 < found["current"]["figures"]["done"] <= found["current"]["figures"]["total"] == 72
+    [done] = wait_for(
+        "metrics", lambda: [line for line in metrics(cluster) if "undo_ray_done" in line and "rationales" in line]
+    )
+    assert f'run="{run_dir}"' in done and 'round="0"' in done and 0 < float(done.split()[-1]) <= 72
+    assert "round 0" in cluster.ray("job", "logs", "--address", cluster.address, job)
+    cluster.ray("job", "stop", "--address", cluster.address, job)
+    assert status(run_dir)["state"] in ("killed", "stopped") and not (run_dir / "report.json").exists()
+
+    output = cluster.submit(*command)
+    assert "succeeded" in output and "best round" in output
+    assert runs.report(run_dir)["resumes"] == 1 and status(run_dir)["state"] == "finished"
+
+
+def test_a_job_that_fails_passes_it_on_with_its_line(cluster: Cluster, tmp_path: Path) -> None:
+    output = cluster.submit("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", "runs/here", code=1)
+    assert "a job's working directory is a temporary copy; give an absolute path or a URI" in output
+
+
+def test_without_the_token_nothing_is_taken(cluster: Cluster) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
+    assert caught.value.code in (401, 403)
+
+
+def status(run_dir: Path) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "undo_ray", "status", str(run_dir), "--json"], cwd=runs.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -1,0 +1,90 @@
+"""Many nodes: a cluster whose autoscaler adds and takes away nodes, as Ray emulates it on one machine."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+from head import Cluster, started, wait_for
+
+pytest.importorskip("ray.job_submission", reason="ray[default] brings the dashboard, which ray[serve] of the extra test brings")
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head with one CPU, and up to three workers with one each, which go after three idle seconds."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+    config = {
+        "cluster_name": "growing",
+        "max_workers": 3,
+        "idle_timeout_minutes": 0.05,
+        "upscaling_speed": 10,
+        "provider": {"type": "fake_multinode", "head_node_id": FAKE_HEAD_NODE_ID, "launch_multiple": True},
+        "available_node_types": {
+            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+        },
+        "head_node_type": "head",
+    }
+    file = tmp_path_factory.mktemp("growing") / "config.yaml"
+    file.write_text(json.dumps(config))
+    variables = {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    }
+    with started(f"--autoscaling-config={file}", cpus=1, **variables) as cluster:
+        yield cluster
+
+
+def engine(replicas: str) -> str:
+    return f"teacher.engine={{batch_size = 16, {replicas}, resources = {{cpus = 1}}}}"
+
+
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    sets = [part for override in (*runs.SMALL, *overrides) for part in ("--set", override)]
+    return [sys.executable, "jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *sets]
+
+
+def test_a_pool_grows_with_its_cluster_and_both_shrink_again(growing: Cluster, tmp_path: Path) -> None:
+    assert growing.alive() == 1
+    sets = ("rounds=0", "data.train_limit=1000", engine("replicas = 3, min_replicas = 1"))
+    here = {**growing.environment, "RAY_ADDRESS": growing.gcs}
+    process = subprocess.Popen(
+        command(tmp_path / "run", *sets), cwd=runs.ROOT, env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.append(process.communicate()[0]), daemon=True)
+    reader.start()
+    most, engines = 0, 0
+    while process.poll() is None:
+        most = max(most, growing.alive())
+        engines = max(engines, len(list((tmp_path / "run").glob("round-00/rationales/resume/generations/starts/*.json"))))
+        time.sleep(0.5)
+    reader.join()
+    assert process.returncode == 0, output
+    assert most == 4 and engines == 3, f"{most} nodes at most, {engines} engines"
+    assert len(runs.rows(tmp_path / "run", "round-00/rationales")) == 1020
+    wait_for("idle nodes to go", lambda: growing.alive() == 1, 60)
+
+
+def test_what_no_growth_can_hold_is_refused_with_what_there_is(growing: Cluster, tmp_path: Path) -> None:
+    here = {**growing.environment, "RAY_ADDRESS": growing.gcs}
+    done = subprocess.run(
+        command(tmp_path / "run", engine("replicas = 5")), cwd=runs.ROOT, env=here, capture_output=True, text=True, timeout=120
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 5, done.stderr
+    assert "teacher.engine: needs 5 × (1 CPUs) at a time; the cluster has " in last
+    assert (
+        "(1 CPUs), and its autoscaler may add 3 × worker (1 CPUs), 3 nodes at most; lower" in last
+        and not (tmp_path / "run/problems").exists()
+    )

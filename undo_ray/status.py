@@ -1,0 +1,125 @@
+"""`undo-ray status`: where a run is, read off its run directory alone, from any machine, while it runs and after."""
+
+from __future__ import annotations
+
+import json
+import time
+from calendar import timegm
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from undo_ray import report, store
+from undo_ray.config import Recipe
+from undo_ray.lease import LEASE_SECONDS, holder
+from undo_ray.place import Json, Place
+from undo_ray.progress import line
+from undo_ray.types import unusable
+
+STAGES = ("attempts", "rationales", "lessons", "student", "measure")
+"""Of a round, in their order; round 0 has no attempts."""
+
+ROUND = ("round", "validation", "lessons", "rationales", "seconds")
+"""What is told of a finished round."""
+
+ENGINE_ERRORS = 3
+"""Of the stage in progress, that are told."""
+
+
+def read(run_dir: str) -> Json:
+    """What is known of a run, as docs/cluster.md has it. Raises UserError (exit code 4) where there is none."""
+    run = Place(run_dir)
+    remedy = "give the run directory itself"
+    if not (run / "recipe.json").exists():
+        raise unusable(f"{run_dir}: has no recipe.json; {remedy}")
+    recipe = (run / "recipe.json").read_json(remedy, "the recipe of a run", lambda found: "recipe" in found)["recipe"]
+    state: Json = {}
+    if (run / "progress.json").exists():
+        state = (run / "progress.json").read_json(
+            "it is for reading alone: remove it", "a run's progress", lambda f: "errors" in f
+        )
+    driver, alive = holder(run)
+    records = store.records(run)
+    known = "running" if alive else "killed" if driver else "finished" if _ended(run, recipe) else "stopped"
+    current = _current(run, state, records) if known != "finished" and "title" in state else None
+    return {
+        "run": run.uri,
+        "state": known,
+        "driver": driver and {**{key: driver[key] for key in ("host", "pid", "since")}, "seconds_ago": _ago(driver["renewed"])},
+        "rounds": recipe["rounds"],
+        "done": [{key: record[key] for key in ROUND} for record in records],
+        "current": current,
+        "errors": [*state.get("errors", []), *(_engine_errors(run, state) if current else ())],
+    }
+
+
+def _ended(run: Place, recipe: Json) -> bool:
+    """Whether there is a report, of the goal that the recipe has now."""
+    return (run / "report.json").exists() and report.read(run.uri)["goal"] == report.goal(Recipe.model_validate(recipe))
+
+
+def _ago(seconds: float) -> float:
+    return round(max(0.0, time.time() - seconds), 1)
+
+
+def _current(run: Place, state: Json, records: Sequence[Json]) -> Json:
+    """The stage in progress (or the last one that was), and when its round ends at the pace of the round before."""
+    k, name, figures = state["round"], state["stage"], state["figures"]
+    done, total, seconds = figures.get("done", 0), figures.get("total", 0), state["seconds"]
+    left = (total - done) * seconds / done if total and done else None
+    found = {"title": state["title"], "round": k, "stage": name, "figures": figures, "seconds": seconds, "left": left}
+    found["seconds_ago"] = _ago(timegm(time.strptime(state["at"], "%Y-%m-%dT%H:%M:%SZ")))
+    if k < 0:
+        return found
+    before = records[k - 1]["seconds"] if 0 < k <= len(records) else {}
+    order = STAGES[0 if k else 1 :]
+    after = [stage for stage in order[order.index(name) + 1 :] if not _committed(run, k, stage)]
+    known = left is not None and all(stage in before for stage in after)
+    left_of_round = left + sum(before[stage] for stage in after) if left is not None and known else None
+    return {**found, "to_come": after, "left_of_round": left_of_round}
+
+
+def _committed(run: Place, k: int, stage: str) -> bool:
+    return (run / f"round-{k:02d}/{stage}/manifest.json").exists()
+
+
+def _engine_errors(run: Place, state: Json) -> Iterator[Json]:
+    """What engines of the stage in progress died of, newest last."""
+    if state["round"] < 0:
+        return
+    resume = run / f"round-{state['round']:02d}/{state['stage']}/{store.RESUME}/generations"
+    found = [name for name in resume.files() if name.endswith(".json") and name.split("/")[0] in ("flight", "failed")]
+    for name in found[-ENGINE_ERRORS:]:
+        try:
+            noted = json.loads((resume / name).read_bytes())
+        except (OSError, ValueError):  # it went while we read
+            continue
+        told = [noted["error"]] if "error" in noted else noted.get("errors", [])
+        yield from ({"at": None, "stage": state["title"], "error": f"engine: {one}"} for one in told[-1:])
+
+
+def text(found: Json) -> str:
+    """The same for people."""
+    driver, current = found["driver"], found["current"]
+    who = f"pid {driver['pid']} on {driver['host']} since {driver['since']}" if driver else ""
+    said = {
+        "finished": "finished; `undo-ray show` prints its table",
+        "running": f"running: {who}, last heard of {driver['seconds_ago']:.0f} s ago" if driver else "",
+        "killed": f"killed: {who} is gone; the same command goes on (from another machine {LEASE_SECONDS} s after it died)",
+        "stopped": "stopped; the same command goes on",
+    }[found["state"]]
+    lines = [f"{found['run']}: {said}"]
+    lines += [report.round_line(record) for record in found["done"]]
+    if current:
+        old = f" ({current['seconds_ago']:.0f} s ago)" if found["state"] != "running" else ""
+        lines.append(f"{current['title']}: {line(current['figures'], current['seconds'])}{old}")
+        if current.get("to_come"):
+            left = current["left_of_round"]
+            ends = "" if left is None else f"; at the pace of the round before, the round ends in {left / 60:.0f} min"
+            lines.append(f"then {', '.join(current['to_come'])}{ends}; {found['rounds']} rounds after round 0 at most")
+    lines += ["last errors:"] if found["errors"] else []
+    lines += [f"  {_when(error)}{error['stage']}: {error['error']}" for error in found["errors"]]
+    return "\n".join(lines)
+
+
+def _when(error: dict[str, Any]) -> str:
+    return f"{error['at']} " if error["at"] else ""
