@@ -22,7 +22,7 @@ LAYERS = (
     ("problems", "engines", "train"),
     ("generate", "lessons", "placement"),
     ("report", "regrade"),
-    ("loop", "plan", "status"),
+    ("loop", "plan", "serve", "status"),
     ("cli",),
     ("__main__",),
 )
@@ -39,7 +39,7 @@ NEVER = {
 LIGHT = ("types", "config", "prompts", "frame", "grading", "gap")
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets")
 
-CODE_LINES = 7_100
+CODE_LINES = 7_516
 DRIVER_LINES = 40
 
 

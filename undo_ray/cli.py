@@ -1,4 +1,4 @@
-"""The command line: `undo-ray run`, `evaluate`, `plan`, `status`, `show`, `grade` and `mini train-teacher`.
+"""The command line: `undo-ray run`, `evaluate`, `plan`, `status`, `show`, `serve`, `grade` and `mini train-teacher`.
 
 Nothing heavy is imported before the arguments and the recipe are known to be good.
 """
@@ -62,6 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run_dir", help="path or URI of the run directory")
     status.add_argument("--json", action="store_true", help="print it as JSON")
     status.set_defaults(do=_status)
+
+    serve = commands.add_parser("serve", help="put a run's best student behind an OpenAI-compatible API")
+    serve.add_argument("run_dir", help="path or URI of the run directory; the run may still be in progress")
+    serve.add_argument("--round", metavar="K", type=int, help="whose student; default: the best finished round on validation")
+    serve.add_argument("--engine", choices=("vllm", "transformers"), help="default: the run's own for its student")
+    serve.add_argument("--name", metavar="ID", default="student", help="what clients call the model (default: student)")
+    serve.add_argument("--replicas", metavar="N", type=int, default=1, help="copies of the model (default: 1)")
+    serve.add_argument("--max-replicas", metavar="M", type=int, help="scale from N up to M with the load; default: stay at N")
+    serve.add_argument("--gpus", metavar="G", type=int, help="of each replica; default: as the run's student.engine has it")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000")
+    serve.add_argument(
+        "--drain", metavar="SECONDS", type=float, default=30.0, help="for requests in flight at Ctrl-C or SIGTERM (default: 30)"
+    )
+    serve.add_argument("-v", "--verbose", action="store_true", help="let Ray, vLLM and transformers speak")
+    serve.set_defaults(do=_serve)
 
     grade = commands.add_parser("grade", help="grade recorded responses, and compare with recorded verdicts")
     grade.add_argument("file", help="JSONL with `gold` (or `question_id`) and `response`, one row a line")
@@ -169,6 +185,23 @@ def _status(options: argparse.Namespace) -> None:
 
     found = status.read(options.run_dir)
     print(json.dumps(found, indent=2) if options.json else status.text(found))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from undo_ray import serve
+
+    if not options.verbose:
+        _quiet()
+
+    def start_ray() -> None:
+        from undo_ray import loop
+
+        loop.start_ray(options.verbose)
+
+    asked = serve.Asked(**{field.name: getattr(options, field.name) for field in fields(serve.Asked)})
+    serve.run(options.run_dir, options.round, asked, start_ray)
 
 
 def _grade(options: argparse.Namespace) -> int:

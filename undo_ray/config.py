@@ -453,7 +453,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{path}: {one_line(error)}") from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -475,7 +475,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree.pop(last, None)
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError) -> str:
     """The first problem pydantic found, as `key: what is wrong; remedy`, with a count of the others."""
     first, *others = error.errors()
     key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")

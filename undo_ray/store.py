@@ -33,8 +33,9 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from undo_ray.config import Recipe, digest, identity
+from undo_ray.config import Recipe, digest, identity, one_line
 from undo_ray.lease import Lease
 from undo_ray.place import Json, Place
 from undo_ray.progress import Progress
@@ -256,9 +257,8 @@ class Step:
 
     def _committed(self, name: str) -> bool:
         """Whether there is a manifest. Raises UserError when it, or a file it names, is damaged."""
-        place = self.place / name
-        if name not in self.manifests and (place / "manifest.json").exists():
-            self.manifests[name] = _verified(place, {file: info.size for file, info in place.files().items()})
+        if name not in self.manifests and (found := committed(self.place / name)):
+            self.manifests[name] = found
         return name in self.manifests
 
     def _commit(self, name: str, stage: Stage, seconds: float) -> None:
@@ -278,6 +278,13 @@ class Step:
         }
         self.run.lease.check()
         (place / "manifest.json").write_json(self.manifests[name])
+
+
+def committed(stage: Place) -> Json | None:
+    """The manifest of a stage's folder, None where there is none; for readers too. Raises UserError when it is damaged."""
+    if not (stage / "manifest.json").exists():
+        return None
+    return _verified(stage, {file: info.size for file, info in stage.files().items()})
 
 
 def _verified(place: Place, there: Mapping[str, int]) -> Json:
@@ -323,6 +330,18 @@ def records(run: Place) -> list[Json]:
     while (place := run / f"round-{len(found):02d}" / "record.json").exists():
         found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
     return found
+
+
+def recipe_of(run: Place) -> Recipe:
+    """The recipe a run directory was last started with, for readers. Raises UserError when it is no run directory."""
+    path = run / "recipe.json"
+    if not path.exists():
+        raise unusable(f"{run.uri}: has no recipe.json; give a run directory")
+    known = path.read_json("restore the file", "the recipe of a run", _is_recipe)
+    try:
+        return Recipe.model_validate(known.get("recipe"))
+    except ValidationError as error:
+        raise unusable(f"{path.uri}: {one_line(error)}; read it with the version of undo-ray that wrote it") from None
 
 
 # -- opening ------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class VLLM:
             "disable_log_stats": True,
             "max_model_len": engine.context,
             "pipeline_parallel_size": engine.pipeline_parallel,
-            **({} if engine.resources.gpus else _cpu_options(engine.context)),
+            **({} if engine.resources.gpus else cpu_options(engine.context)),
             **engine.kwargs,
         }
         return LLM(self.directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
@@ -139,7 +139,7 @@ def _shape(directory: str) -> dict[str, Any]:
     return {key: value for key, value in known.items() if key not in ("_name_or_path", "transformers_version")}
 
 
-def _cpu_options(context: int | None) -> dict[str, Any]:
+def cpu_options(context: int | None) -> dict[str, Any]:
     """What vLLM's CPU build needs inside an actor."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     # Engines that each bind their threads to the first cores would share them and leave the others idle.
