@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "undo_ray"
 
 LAYERS = (
+    ("written",),
     ("types",),
     ("config", "frame", "prompts", "grading", "progress"),
     ("place", "track"),

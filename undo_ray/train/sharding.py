@@ -111,8 +111,11 @@ class Whole:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
+        from undo_ray.train.state import Planner, guarded
+
         state = self._state()
-        dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
+        with guarded(directory):
+            dcp.load(state, checkpoint_id=directory, planner=Planner(), no_dist=not dist.is_initialized())
         set_state_dict(
             self.net, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=self._options()
         )
