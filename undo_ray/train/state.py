@@ -3,21 +3,22 @@ not run code by one. What a file names beyond the lists here is refused before i
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from undo_ray.types import UserError
 
-_METADATA = {
+_DESCRIPTION = {
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
     "torch": {"Size"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": set(
@@ -31,29 +32,24 @@ _METADATA = {
 
 class _Description(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _METADATA.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in _DESCRIPTION.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
 
 
-class Planner(DefaultLoadPlanner):
-    """torch's own, for values that `torch.load` takes for harmless."""
-
-    def load_bytes(self, read_item: Any, value: Any) -> None:
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
 @contextmanager
-def guarded(directory: str) -> Iterator[None]:
-    """Around the loading of a checkpoint. Raises UserError when the description in it is more than one, or the block met
-    something that could run code."""
+def guarded(directory: str, kinds: Sequence[type] = ()) -> Iterator[None]:
+    """Around the loading of a checkpoint, in which `torch.load` then takes tensors, plain values and `kinds` alone, whatever it
+    is asked for. Raises UserError when it, or a description of the checkpoint, met anything else."""
+    forced = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch; DeepSpeed and torch's checkpoints ask for everything
+    before = {forced: os.environ[forced]} if forced in os.environ else {}
+    os.environ[forced] = "1"
     try:
         for path in Path(directory).glob("*.metadata"):
             with path.open("rb") as file:
                 _Description(file).load()
-        yield
+        with torch.serialization.safe_globals(list(kinds)):
+            yield
     except (pickle.UnpicklingError, CheckpointException) as error:
         found = re.search(r"UnpicklingError: (.*)", f"{type(error).__name__}: {error}")
         if not found:
@@ -63,3 +59,6 @@ def guarded(directory: str) -> Iterator[None]:
             "student's stage to train this round from its start",
             exit_code=4,
         ) from error
+    finally:
+        del os.environ[forced]
+        os.environ.update(before)
