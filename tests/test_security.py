@@ -412,7 +412,7 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
-    """Round 0 of a small run with an endpoint as teacher and two training workers, on problems with hostile ids."""
+    """Round 0 of a small run with an endpoint as teacher, on problems with hostile ids."""
     home, logs = tmp_path_factory.mktemp("whole"), Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     rows = tasks.load(tasks.get("mini"), "train", None)[0][:60]
     named = [
@@ -424,7 +424,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     small = ["data.show=8", "data.select=8", "data.tests=[]", "rounds=0", "student.tokens=2000", "lessons.keep_wrong=true"]
     small += [f"data.train=mini/{home / 'rows.jsonl'}", "data.train_limit=40", "teacher.model=big", at(server), PRICES]
-    small += ["student.workers=2", "student.resources={cpus = 0.5}", "student.checkpoint_steps=2", 'track=["tensorboard"]']
+    small += ['track=["tensorboard"]']
     ports: dict[tuple[str, str], int] = {}
     intruders: dict[str, subprocess.CompletedProcess[str]] = {}
     with pytest.MonkeyPatch.context() as patch:
