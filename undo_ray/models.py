@@ -1,7 +1,9 @@
 """ModelRef to local disk. A model is named by a hub id (`org/name` or `org/name@revision`), a directory, a URI, or
 `package.module:function`, a function of the run's seed that returns a directory. Nothing else in undo_ray opens URIs of models.
 
-`check` runs in the driver before any work, `local` on each node that loads the model.
+`check` runs in the driver before any work, `local` on each node that loads the model. What transformers loads, it loads through
+`tokenizer`, `config` and `weights`: safetensors, no pickle, and code that lies beside them only where the recipe trusts it
+(`trust_remote_code`; transformers' own default asks whoever sits at the terminal).
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import os
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 from undo_ray.place import Place, cache
 from undo_ray.types import UserError
 
 _MADE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
 def local(ref: str, seed: int) -> str:
@@ -33,9 +36,32 @@ def local(ref: str, seed: int) -> str:
         directory = _hub(ref, _FILES) if _is_hub(ref) else ref
     if not os.path.isfile(os.path.join(directory, "config.json")):
         raise UserError(f"model {ref}: {directory} has no config.json; give a directory that transformers can load")
+    if os.path.isfile(os.path.join(directory, "adapter_config.json")):  # transformers would put it over the weights, vLLM not
+        raise UserError(f"model {ref}: {directory} holds an adapter; merge it into the weights, or take its files away")
     if not list(Path(directory).glob("*.safetensors")):
         raise UserError(f"model {ref}: {directory} has no *.safetensors weights; save the model with save_pretrained")
     return directory
+
+
+def tokenizer(directory: str, trust: bool) -> Any:
+    """The tokenizer of a directory that `local` gave. `trust`: run code that lies there."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
+
+
+def config(directory: str, trust: bool) -> Any:
+    """Its configuration."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+
+
+def weights(directory: str, trust: bool, **options: Any) -> Any:
+    """Its causal language model; `options` of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, use_safetensors=True, **options)
 
 
 def located(ref: str) -> str:
@@ -43,28 +69,32 @@ def located(ref: str) -> str:
     return os.path.abspath(ref) if os.path.isdir(ref) else ref
 
 
-def check(ref: str, seed: int, key: str) -> str:
-    """Fingerprint of a model's weights and tokenizer, for the run's identity.
+def check(ref: str, seed: int, key: str, trust: bool = False) -> str:
+    """Fingerprint of a model's weights and tokenizer (and of its code, with `trust`), for the run's identity.
 
     A hub model's is its commit, so that the driver's node need not hold the weights. Raises UserError naming `key` when it is
-    not a model or its tokenizer has no chat template.
+    not a model, has code of its own that is not trusted, or its tokenizer has no chat template.
     """
     try:
-        return _fingerprint(ref, seed)
+        return _fingerprint(ref, seed, trust)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 
 
-def _fingerprint(ref: str, seed: int) -> str:
+def _fingerprint(ref: str, seed: int, trust: bool) -> str:
     directory = _hub(ref, _FILES[1:]) if _is_hub(ref) else local(ref, seed)
-    fingerprint = os.path.basename(directory) if _is_hub(ref) else _weights_hash(directory)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{ref}: its tokenizer does not load ({_first_line(error)}); save one beside the weights") from None
-    if not getattr(tokenizer, "chat_template", None):
+    fingerprint = os.path.basename(directory) if _is_hub(ref) else _weights_hash(directory, trust)
+    for what, read in (("configuration", config), ("tokenizer", tokenizer)):
+        try:
+            made = read(directory, trust)
+        except (OSError, ValueError, KeyError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{ref}: has code of its own, which is not run; read it and set trust_remote_code = true beside the model, "
+                    "or give another"
+                ) from None
+            raise UserError(f"{ref}: its {what} does not load ({_first_line(error)}); save one beside the weights") from None
+    if not getattr(made, "chat_template", None):
         raise UserError(f"{ref}: its tokenizer has no chat template; use an instruct model, or save one with the tokenizer")
     return fingerprint
 
@@ -108,11 +138,12 @@ def _download(uri: str) -> str:
     return str(target)
 
 
-def _weights_hash(directory: str) -> str:
+def _weights_hash(directory: str, trust: bool) -> str:
     """Hash over names, sizes and 64 KiB samples of the model's files: seconds even for hundreds of GB."""
     total = hashlib.sha256()
     kinds = {".safetensors", ".json", ".jinja", ".model"}
-    for file in sorted(path for path in Path(directory).iterdir() if path.suffix in kinds):
+    code = sorted(Path(directory).rglob("*.py")) if trust else []
+    for file in [*sorted(path for path in Path(directory).iterdir() if path.suffix in kinds), *code]:
         size = file.stat().st_size
         total.update(f"{file.name}:{size};".encode())
         with file.open("rb") as stream:

@@ -14,13 +14,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from undo_ray.types import UserError, unusable
+from undo_ray.types import Row, UserError, unusable
+from undo_ray.written import secret_in
 
 Json = dict[str, Any]
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """(pyarrow file system, path on it) of a local path or URI. Raises UserError for a scheme nothing can open."""
+    """(pyarrow file system, path on it) of a local path or URI. Raises UserError for a scheme nothing can open, and for a URI
+    that holds a secret, without repeating it: addresses are written to the run directory, to logs and reports."""
+    if reason := secret_in(uri):
+        raise UserError(f"an address of a file or folder {reason}")
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(uri)
     try:
@@ -35,6 +39,25 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
                 f"{uri}: no file system for this URI ({error}); use a path, s3://, gs:// or an installed fsspec one"
             ) from None
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def plain_rows(table: pa.Table | pa.RecordBatch, where: str) -> list[Row]:
+    """The rows of a file, as `to_pylist` has them. Raises UserError where a column holds pickled objects.
+
+    Ray Data registers such a column type with Arrow, which then unpickles the values of whatever file declares one.
+    """
+    if found := next((field.name for field in table.schema if _pickled(field.type)), None):
+        raise UserError(f"{where}: column {found} holds pickled objects, which could run code; write plain values")
+    rows: list[Row] = table.to_pylist()
+    return rows
+
+
+def _pickled(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name == "ray.data.arrow_pickled_object" or _pickled(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _pickled(kind.value_type)
+    return any(_pickled(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def cache() -> Path:
@@ -144,5 +167,7 @@ class Place:
         pafs.copy_files(directory, self.made().path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
 
     def download(self, directory: str) -> None:
-        """Copy this folder to a local directory."""
+        """Copy this folder to a local directory. Raises UserError when a name in it leads out of it, as an object's may."""
+        if found := next((name for name in self.files() if name.startswith("..")), None):
+            raise UserError(f"{self.uri}: holds {found}, which would be written outside of the copy; take it away")
         pafs.copy_files(self.path, directory, source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from undo_ray import clean, tasks
 from undo_ray.config import Recipe
 from undo_ray.grading.pool import Pool
-from undo_ray.place import Place
+from undo_ray.place import Place, plain_rows
 from undo_ray.store import Run, Stage, Step
 from undo_ray.types import ROWS, SELECT, SHOW, TRAIN, Row, UserError
 
@@ -141,7 +141,8 @@ def _committed(out: Stage) -> Iterator[list[Row]]:
     loop = Step(out.ledger, out.ledger.place, -1)
     loop.made("problems")  # raises where they are not committed
     for file in loop.files("problems"):
-        yield pq.read_table(file.path, filesystem=file.fs, columns=["id", "task", "split", "question", "choices"]).to_pylist()
+        columns = ["id", "task", "split", "question", "choices"]
+        yield plain_rows(pq.read_table(file.path, filesystem=file.fs, columns=columns), file.uri)
 
 
 def _write_held(sources: _Sources, rows: list[Row], out: Stage) -> None:

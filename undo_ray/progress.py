@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from undo_ray.types import UserError, now
+from undo_ray.written import printable
 
 LINE_SECONDS = 5.0
 """Between two lines of a job log."""
@@ -85,7 +86,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One plain line."""
         self._bar("")
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
     def total(self, rows: float) -> None:
         """How many rows (or steps) the stage in progress has to do."""

@@ -37,7 +37,7 @@ from pydantic import ValidationError
 
 from undo_ray.config import Recipe, digest, identity, one_line
 from undo_ray.lease import Lease
-from undo_ray.place import Json, Place
+from undo_ray.place import Json, Place, plain_rows
 from undo_ray.progress import Progress
 from undo_ray.types import Damaged, Row, UserError, now, unusable
 
@@ -122,8 +122,8 @@ def dataset(files: list[Place]) -> Any:
 def split_rows(files: list[Place], split: str, columns: list[str] | None = None) -> list[Row]:
     """The rows of one split, in the memory of this process: for sets known to be small, like `show` or a test."""
     paths = [file.path for file in files]
-    rows: list[Row] = pq.read_table(paths, columns=columns, filesystem=files[0].fs, filters=[("split", "=", split)]).to_pylist()
-    return rows
+    table = pq.read_table(paths, columns=columns, filesystem=files[0].fs, filters=[("split", "=", split)])
+    return plain_rows(table, files[0].uri)
 
 
 @dataclass
@@ -309,6 +309,10 @@ def _unreadable(file: Place) -> str | None:
 
 def _is_manifest(found: Json) -> bool:
     if not found.keys() >= {"kind", "try", "files", "rows", "value", "figures", "seconds"}:
+        return False
+    # A folder of this stage, never a way out of it; a text in place of a value could pass for a model's name, which may be a
+    # function's.
+    if not re.fullmatch(r"try-[0-9a-f]{8}", str(found["try"])) or isinstance(found["value"], str):
         return False
     files = found["files"]
     return isinstance(files, list) and all(isinstance(file, dict) and file.keys() >= {"name", "bytes"} for file in files)

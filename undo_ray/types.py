@@ -18,6 +18,8 @@ from typing import Any, TypedDict
 
 import pyarrow as pa
 
+from undo_ray.written import printable
+
 Row = dict[str, Any]
 """One row of `ROWS` as plain Python values (`pa.Table.to_pylist`)."""
 
@@ -116,14 +118,15 @@ LESSONS = pa.schema([("id", TEXT), ("round", INT), ("hint", TEXT), ("messages", 
 
 
 class UserError(Exception):
-    """Something the person running undo_ray can mend. The message is one line: what, where, the remedy.
+    """Something the person running undo_ray can mend. The message is one line: what, where, the remedy; what it quotes of
+    datasets and models cannot steer a terminal.
 
     `exit_code` is what the command line exits with: 2 for input, 3 for a round without any accepted rationale, 4 for a run
     directory that cannot be used (held by another driver, another identity, a corrupt record), 5 for too few resources.
     """
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        super().__init__(printable(message).replace("\n", "\\n"))
         self.exit_code = exit_code
 
 

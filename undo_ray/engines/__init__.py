@@ -66,7 +66,7 @@ class Completion:
 
 
 class Backend(Protocol):
-    """What a local engine has to do. Built inside the worker: `Backend(directory, engine, sampling)`."""
+    """What a local engine has to do. Built inside the worker: `Backend(directory, engine, sampling, trust)`."""
 
     tokenizer: Any
     context: int
@@ -105,6 +105,8 @@ class Work:
     """A folder that lasts as long as the stage is not done: what is finished (see journal.py)."""
     cache: Place | None = None
     """A folder that outlives runs: what engines like this one gave elsewhere to the same chat and seed is taken from there."""
+    trust: bool = False
+    """Run code that lies in the model's directory."""
 
 
 def generate(rows: Dataset, work: Work, held: kept.Held) -> Dataset:
@@ -115,7 +117,9 @@ def generate(rows: Dataset, work: Work, held: kept.Held) -> Dataset:
     import ray.data
 
     engine, resources = work.engine, work.engine.resources
-    hosts = kept.hosts(held, work.name, engine, work.sampling, calls(engine)) if engine.lifetime == "run" else []
+    hosts = []
+    if engine.lifetime == "run":
+        hosts = kept.hosts(held, work.name, engine, work.sampling, work.trust, calls(engine))
     pool = ray.data.ActorPoolStrategy(
         min_size=engine.min_replicas or engine.replicas,
         max_size=engine.replicas,
@@ -159,7 +163,7 @@ class Replica:
             elif hosts:
                 self.speaker = kept.Kept(hosts, work.journal.uri, name, work.model)
             else:
-                self.speaker = local(work.model, work.engine, work.sampling)
+                self.speaker = local(work.model, work.engine, work.sampling, work.trust)
         except UserError:
             raise
         except Exception as error:  # the memory of an engine that just ended may not be free yet: once more, in a new process
@@ -219,7 +223,7 @@ class Job(NamedTuple):
     key: bytes
 
 
-def local(model: Callable[[], str], engine: Engine, sampling: Sampling) -> Local:
+def local(model: Callable[[], str], engine: Engine, sampling: Sampling, trust: bool) -> Local:
     """An engine in this process, with the model that `model()` gives the directory of.
 
     Raises TimeoutError when it is not up after `engine.start_seconds`, fetching the model apart; what is building it goes on
@@ -229,7 +233,7 @@ def local(model: Callable[[], str], engine: Engine, sampling: Sampling) -> Local
 
     def build() -> None:
         try:
-            done.put(pkgutil.resolve_name(BACKENDS[engine.kind])(directory, engine, sampling))
+            done.put(pkgutil.resolve_name(BACKENDS[engine.kind])(directory, engine, sampling, trust))
         except BaseException as error:
             done.put(error)
 

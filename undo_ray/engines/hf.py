@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
+from undo_ray import models
 from undo_ray.config import Engine, Sampling
 from undo_ray.engines import Completion
 
@@ -20,10 +21,10 @@ MIN_SHARED = 32
 class Transformers:
     """See `engines.Backend`. Sampling draws are seeded per batch: the same for the same batch."""
 
-    def __init__(self, directory: str, engine: Engine, sampling: Sampling):
+    def __init__(self, directory: str, engine: Engine, sampling: Sampling, trust: bool = False):
         torch.set_num_threads(max(1, int(engine.resources.cpus)))
         self.device = "cuda" if engine.resources.gpus else "cpu"
-        self.engine, self.sampling = engine, sampling
+        self.engine, self.sampling, self.trust = engine, sampling, trust
         self.model: Any = None
         self.prefix_cache: DynamicCache | None = None
         self.directory = ""
@@ -35,8 +36,8 @@ class Transformers:
             return True
         self.model = self.prefix_cache = None  # before there is a second one
         self.prefix: list[int] = []
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, self.engine.dtype))
+        self.tokenizer = models.tokenizer(directory, self.trust)
+        model = models.weights(directory, self.trust, dtype=getattr(torch, self.engine.dtype))
         self.model = model.to(self.device).eval()
         self.context = self.engine.context or self.model.config.max_position_embeddings
         sampling = self.sampling

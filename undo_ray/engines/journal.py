@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from undo_ray.place import Place
+from undo_ray.place import Place, plain_rows
 from undo_ray.types import GENERATION, Message, Row, UserError
 
 FLUSH = 2.0
@@ -79,7 +79,7 @@ def lines(place: Place) -> Iterator[Row]:
 def shared(cache: Place) -> Iterator[Row]:
     """The same of a cache."""
     for file in _files(cache, ".parquet"):
-        yield from pq.read_table(file.path, filesystem=file.fs).to_pylist()
+        yield from plain_rows(pq.read_table(file.path, filesystem=file.fs), file.uri)
 
 
 def share(place: Place, cache: Place) -> list[Row]:

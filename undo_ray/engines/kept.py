@@ -28,7 +28,7 @@ Held = dict[str, list[Any]]
 """Handles of the engines a driver keeps, by what they are kept for."""
 
 
-def hosts(held: Held, name: str, engine: Engine, sampling: Sampling, calls: int) -> list[Any]:
+def hosts(held: Held, name: str, engine: Engine, sampling: Sampling, trust: bool, calls: int) -> list[Any]:
     """The engines kept under this name; started when there are none yet, without a model. `calls`: batches at a time."""
     import ray
 
@@ -39,7 +39,7 @@ def hosts(held: Held, name: str, engine: Engine, sampling: Sampling, calls: int)
             max_concurrency=calls + 2,  # beside the batches a claim and a load
             max_restarts=-1,
         )
-        held[name] = [host.remote(engine, sampling) for _ in range(engine.replicas)]
+        held[name] = [host.remote(engine, sampling, trust) for _ in range(engine.replicas)]
     return held[name]
 
 
@@ -55,8 +55,8 @@ def release(held: Held) -> None:
 class Host:
     """An engine in an actor of its own. Which model it holds is told by `load`."""
 
-    def __init__(self, engine: Engine, sampling: Sampling):
-        self._engine, self._sampling = engine, sampling
+    def __init__(self, engine: Engine, sampling: Sampling, trust: bool):
+        self._engine, self._sampling, self._trust = engine, sampling, trust
         self._local: Local | None = None
         self._claims, self._claimed, self._life = threading.Lock(), ("", ""), uuid.uuid4().hex
 
@@ -78,7 +78,7 @@ class Host:
         if self._local is not None:
             return self._local.backend.load(model())
         try:
-            self._local = local(model, self._engine, self._sampling)
+            self._local = local(model, self._engine, self._sampling, self._trust)
         except UserError:
             raise
         except Exception as error:

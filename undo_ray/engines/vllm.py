@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from undo_ray import models
 from undo_ray.config import Engine, Sampling
 from undo_ray.engines import Completion
 
@@ -30,11 +31,11 @@ class VLLM:
     places that finished rows leave.
     """
 
-    def __init__(self, directory: str, engine: Engine, sampling: Sampling):
+    def __init__(self, directory: str, engine: Engine, sampling: Sampling, trust: bool = False):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.spec, self.directory, self.shape = engine, directory, _shape(directory)
+        self.spec, self.trust, self.directory, self.shape = engine, trust, directory, _shape(directory, trust)
         final = RequestOutputKind.FINAL_ONLY
         draw = {"temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop)}
         self.params = partial(SamplingParams, **draw, detokenize=bool(sampling.stop), output_kind=final)
@@ -50,7 +51,7 @@ class VLLM:
     def load(self, directory: str) -> bool:
         """See `engines.Backend`. Weights are exchanged in the running engine where vLLM does it rightly: its CPU build leaves
         the packed head of a model with tied embeddings as it was (vLLM 0.32), and quantised weights are packed as well."""
-        shape = _shape(directory)
+        shape = _shape(directory, self.trust)
         packed = "quantization_config" in shape or bool(self.spec.kwargs.get("quantization"))
         packed |= not self.spec.resources.gpus and bool(shape.get("tie_word_embeddings"))
         self.warm = False  # another stage: another prefix
@@ -71,8 +72,10 @@ class VLLM:
             "disable_log_stats": True,
             "max_model_len": engine.context,
             "pipeline_parallel_size": engine.pipeline_parallel,
+            "load_format": "safetensors",
             **({} if engine.resources.gpus else cpu_options(engine.context)),
             **engine.kwargs,
+            "trust_remote_code": self.trust,
         }
         return LLM(self.directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
 
@@ -131,11 +134,9 @@ class VLLM:
             raise
 
 
-def _shape(directory: str) -> dict[str, Any]:
+def _shape(directory: str, trust: bool) -> dict[str, Any]:
     """What of a model's configuration an engine is built for."""
-    from transformers import AutoConfig
-
-    known: dict[str, Any] = AutoConfig.from_pretrained(directory).to_dict()
+    known: dict[str, Any] = models.config(directory, trust).to_dict()
     return {key: value for key, value in known.items() if key not in ("_name_or_path", "transformers_version")}
 
 

@@ -39,7 +39,7 @@ def small(recipe: Recipe, text: str) -> Recipe:
     for role, spec in parts.items():
         engines.check(spec.engine, f"{role}.engine")
         if not spec.engine.remote:
-            models.check(spec.model, recipe.seed, f"{role}.model")
+            models.check(spec.model, recipe.seed, f"{role}.model", spec.trust_remote_code)
         alone = {"replicas": 1, "min_replicas": None, "lifetime": "stage"}
         parts[role] = spec.model_copy(update={"engine": spec.engine.model_copy(update=alone)})
     epochs = {"tokens": None, "epochs": STEPS * recipe.student.batch_size / count}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from undo_ray.grading import grade
+from undo_ray.place import plain_rows
 from undo_ray.types import PROBLEM_FIELDS, Row, UserError
 
 TASKS: dict[str, str] = {
@@ -264,7 +265,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
             import pyarrow.parquet
 
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
-            rows = (row for batch in batches for row in batch.to_pylist())
+            rows = (row for batch in batches for row in plain_rows(batch, str(path)))
             yield from ((str(number), row) for number, row in enumerate(rows, 1))
             return
         with path.open(encoding="utf-8-sig", newline="\n") as file:

@@ -134,7 +134,7 @@ def _check_in_vllm(uri: str, recipe: Recipe, probe: dict[str, Any]) -> None:
 
     from undo_ray.train.export import vllm_differs
 
-    engine = recipe.student.engine
+    engine, checked = recipe.student.engine, (probe["ids"], probe["logprobs"], recipe.student.trust_remote_code)
     task = ray.remote(vllm_differs).options(num_cpus=engine.resources.cpus, num_gpus=engine.resources.gpus, max_retries=0)
-    if wrong := ray.get(task.remote(models.local(uri, recipe.seed), engine, probe["ids"], probe["logprobs"])):
+    if wrong := ray.get(task.remote(models.local(uri, recipe.seed), engine, *checked)):
         raise RuntimeError(f"the exported student is not the trained one: {wrong}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from undo_ray import models
 from undo_ray.config import Engine
 
 EXACT, ROUNDED = 1e-3, 0.05
@@ -15,16 +16,14 @@ EXACT, ROUNDED = 1e-3, 0.05
 training or the export round to bfloat16."""
 
 
-def write(state: dict[str, Tensor], start: str, directory: str) -> None:
+def write(state: dict[str, Tensor], start: str, directory: str, trust: bool = False) -> None:
     """Save as `start` was saved: same architecture, type of weights, generation config, tokenizer and chat template.
 
     `state`: every parameter of the plain model, on the CPU. Shards of 5 GB, safetensors.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(start)
+    config = models.config(start, trust)
     dtype = config.dtype or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=dtype)
+    model = models.weights(start, trust, dtype=dtype)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name not in (model._tied_weights_keys or ())}
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -34,17 +33,15 @@ def write(state: dict[str, Tensor], start: str, directory: str) -> None:
             f"the trained student lacks {missing[:3]} or has more than the model it started from: {unexpected[:3]}"
         )
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(start).save_pretrained(directory)
+    models.tokenizer(start, trust).save_pretrained(directory)
 
 
-def differs(directory: str, ids: list[int], trained: Tensor, exact: bool) -> str | None:
+def differs(directory: str, ids: list[int], trained: Tensor, exact: bool, trust: bool = False) -> str | None:
     """Load the directory as the next stage will and compare log-probabilities on `ids`; None when they agree.
 
     `trained`: (tokens, vocabulary), fp32, from the sharded model. `exact`: nothing rounded to half precision on the way.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = models.weights(directory, trust, dtype=torch.float32).eval()
     with torch.inference_mode():
         loaded = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     apart = (trained.cpu() - loaded).abs()
@@ -54,7 +51,7 @@ def differs(directory: str, ids: list[int], trained: Tensor, exact: bool) -> str
     return f"transformers loads another model: log-probabilities on a lesson differ by {found:.2g} (limit {limit:g})"
 
 
-def vllm_differs(directory: str, engine: Engine, ids: list[int], trained: list[float]) -> str | None:
+def vllm_differs(directory: str, engine: Engine, ids: list[int], trained: list[float], trust: bool) -> str | None:
     """The same through vLLM, run as a task where the student's engine runs: log-probability of each token of `ids[1:]`."""
     # Before vLLM is imported. In this process, and on CPUs with 1 GiB of cache and unbound threads, as undo_ray.engines has it.
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -67,7 +64,7 @@ def vllm_differs(directory: str, engine: Engine, ids: list[int], trained: list[f
     if not engine.resources.gpus:
         options |= {"distributed_executor_backend": "uni", "enable_chunked_prefill": False}
         options["max_num_batched_tokens"] = max(room, 8192)
-    options |= engine.kwargs
+    options |= {"load_format": "safetensors", **engine.kwargs, "trust_remote_code": trust}
     llm = vllm.LLM(model=directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
     [output] = llm.generate([{"prompt_token_ids": ids}], vllm.SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     loaded = [found[token].logprob for token, found in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)]
@@ -79,8 +76,6 @@ def vllm_differs(directory: str, engine: Engine, ids: list[int], trained: list[f
     )
 
 
-def keeps_fp32(start: str) -> bool:
+def keeps_fp32(start: str, trust: bool = False) -> bool:
     """Whether the export holds its weights in fp32."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(start).dtype in (None, torch.float32)
+    return models.config(start, trust).dtype in (None, torch.float32)

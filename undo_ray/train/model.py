@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from undo_ray import models
 from undo_ray.config import Student
 from undo_ray.types import Row, UserError
 
@@ -179,10 +180,10 @@ class Scored(nn.Module):
 
 def load(directory: str, spec: Student) -> Any:
     """The model to train, in fp32 on the CPU, with the adapters and the recomputation that the recipe asks for."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
-    lm = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=ATTENTION)
+    lm = models.weights(directory, spec.trust_remote_code, dtype=torch.float32, attn_implementation=ATTENTION)
     scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(lm.config, key, None)]
     if scaled:
         raise UserError(

@@ -16,8 +16,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from undo_ray.config import Student
-from undo_ray.place import Place
-from undo_ray.train.tokens import Key, held_out
+from undo_ray.place import Place, plain_rows
+from undo_ray.train.tokens import TOKENS, Key, held_out
 from undo_ray.types import Row
 
 CHUNK = 64
@@ -89,7 +89,7 @@ def pack(tokens: Place, spec: Student, seed: int, place: Place) -> dict[str, Any
     Returns {steps, tokens, passes, supervised, held_out}: `tokens` without padding, `supervised` the share that carries loss.
     `plan.json`, written last, says that it is all there.
     """
-    table = pads.dataset(tokens.path, filesystem=tokens.fs).to_table().combine_chunks()
+    table = pads.dataset(tokens.path, filesystem=tokens.fs, schema=TOKENS).to_table().combine_chunks()
     names = list(zip(table["id"].to_pylist(), table["round"].to_pylist(), strict=True))
     counts = table["input_ids"].combine_chunks().value_lengths().to_pylist()
     lengths, where = dict(zip(names, counts, strict=True)), {key: index for index, key in enumerate(names)}
@@ -164,8 +164,7 @@ class Steps:
 
     def _read(self, name: str) -> list[Row]:
         file = self.place / name
-        rows: list[Row] = pq.read_table(file.path, filesystem=file.fs).to_pylist()
-        return rows
+        return plain_rows(pq.read_table(file.path, filesystem=file.fs), file.uri)
 
     def _own(self, rows: list[Row]) -> tuple[list[Row], int]:
         own = [row for row in rows if row["row"] % self.workers == self.rank]

@@ -111,8 +111,11 @@ class Whole:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
+        from undo_ray.train.state import guarded
+
         state = self._state()
-        dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
+        with guarded(directory):
+            dcp.load(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
         set_state_dict(
             self.net, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=self._options()
         )
@@ -233,7 +236,14 @@ class Zero(Whole):
         self.engine.save_checkpoint(directory, tag="zero", exclude_frozen_parameters=bool(self.spec.lora.rank))
 
     def load(self, directory: str) -> None:
-        path, _ = self.engine.load_checkpoint(directory, tag="zero", load_module_strict=not self.spec.lora.rank)
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        from undo_ray.train.state import guarded
+
+        with guarded(directory, [LossScaler, ZeroStageEnum, fragment_address]):
+            path, _ = self.engine.load_checkpoint(directory, tag="zero", load_module_strict=not self.spec.lora.rank)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}")
 

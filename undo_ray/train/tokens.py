@@ -52,8 +52,8 @@ def tokenise(lessons: Dataset, start: str, recipe: Recipe, place: Place) -> dict
     place.remove()
     place.fs.create_dir(place.path, recursive=True)
     total, limit = lessons.count(), recipe.student.max_length
-    template = recipe.student.engine.chat_template_kwargs
-    to_tokens = partial(_tokens_of, start=start, seed=recipe.seed, max_length=limit, template=template)
+    template, trust = recipe.student.engine.chat_template_kwargs, recipe.student.trust_remote_code
+    to_tokens = partial(_tokens_of, start=start, seed=recipe.seed, trust=trust, max_length=limit, template=template)
     lessons.map_batches(to_tokens, batch_format="pyarrow", zero_copy_batch=True).write_parquet(place.path, filesystem=place.fs)
     written = pads.dataset(place.path, filesystem=place.fs, schema=TOKENS)
     kept = written.count_rows()
@@ -62,13 +62,15 @@ def tokenise(lessons: Dataset, start: str, recipe: Recipe, place: Place) -> dict
     if refused := written.to_table(filter=pads.field("error").is_valid(), columns=["error"]).to_pylist():
         raise UserError(f"{refused[0]['error']} ({len(refused)} of {total} lessons)", exit_code=2)
     [row] = written.head(1).to_pylist()
-    return {"chats": kept, "too_long": total - kept, "sample": _shown(row, models.local(start, recipe.seed))}
+    return {
+        "chats": kept,
+        "too_long": total - kept,
+        "sample": _shown(row, models.tokenizer(models.local(start, recipe.seed), trust)),
+    }
 
 
-def _tokens_of(table: pa.Table, start: str, seed: int, max_length: int, template: dict[str, Any]) -> pa.Table:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(models.local(start, seed))
+def _tokens_of(table: pa.Table, start: str, seed: int, trust: bool, max_length: int, template: dict[str, Any]) -> pa.Table:
+    tokenizer = models.tokenizer(models.local(start, seed), trust)
     rows = []
     for row in table.to_pylist():
         name = {"id": row["id"], "round": row["round"]}
@@ -106,11 +108,8 @@ def supervised(tokenizer: Any, messages: list[Message], **template: Any) -> tupl
     return whole, len(prompt)
 
 
-def _shown(row: dict[str, Any], directory: str) -> str:
+def _shown(row: dict[str, Any], tokenizer: Any) -> str:
     """One chat as text, with what carries loss marked off."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     prompt, answer = (tokenizer.decode(ids) for ids in (row["input_ids"][: row["prompt"]], row["input_ids"][row["prompt"] :]))
     return f"no loss on {_cut(prompt)!r}, loss on {_cut(answer)!r}"
 

@@ -272,9 +272,10 @@ class Worker:
             return
         plain = model.merged({name.removeprefix("lm."): tensor for name, tensor in state.items()}, self.spec)
         with tempfile.TemporaryDirectory() as scratch:
-            export.write(plain, self.directory, scratch)
-            exact = self.spec.dtype == "float32" and export.keeps_fp32(self.directory)
-            if wrong := export.differs(scratch, probe["input_ids"], trained, exact):
+            trust = self.spec.trust_remote_code
+            export.write(plain, self.directory, scratch, trust)
+            exact = self.spec.dtype == "float32" and export.keeps_fp32(self.directory, trust)
+            if wrong := export.differs(scratch, probe["input_ids"], trained, exact, trust):
                 raise UserError(f"the exported student is not the trained one: {wrong}", exit_code=1)
             retried(lambda: self.job.model.upload(scratch))
         ids = torch.tensor(probe["input_ids"][1:], device=trained.device)
