@@ -71,13 +71,13 @@ def test_the_last_errors_outlive_their_drivers(tmp_path: Path) -> None:
     def fail(error: Exception, out: Stage) -> None:
         raise error
 
-    for error in [*(UserError(f"the disk\nis full, {number}") for number in range(7)), KeyError("x")]:
+    for error in [*(OSError(f"the disk\nis full, {number}") for number in range(7)), UserError("a line")]:
         with pytest.raises(type(error)), opened(tmp_path / "run") as run:
             run.round(0).once("measure", fail, error)
     errors = status.read(str(tmp_path / "run"))["errors"]
     assert [error["error"] for error in errors] == [
-        *(f"the disk is full, {number}" for number in (3, 4, 5, 6)),
-        "KeyError: 'x'",
+        *(f"OSError: the disk is full, {number}" for number in (3, 4, 5, 6)),
+        "a line",
     ]
     assert {error["stage"] for error in errors} == {"round 0 · measure"}
 

@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from tokenizers.decoders import DecodeStream
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from undo_ray import models
 from undo_ray.config import Engine
@@ -150,10 +150,8 @@ class Transformers:
         directory = models.local(model, 0)
         torch.set_num_threads(max(1, int(engine.resources.cpus)))
         self.name, self.engine, self.born = name, engine, int(time.time())
-        self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, engine.dtype), use_safetensors=True, trust_remote_code=False
-        )
+        self.tokenizer = models.tokenizer(directory, trust=False)
+        loaded = models.weights(directory, trust=False, dtype=getattr(torch, engine.dtype))
         self.model = loaded.to("cuda" if engine.resources.gpus else "cpu").eval()
         longest = self.model.config.max_position_embeddings
         self.context = min(engine.context or longest, longest)
