@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import runs
+from pathlib import Path
 
+import pytest
+import runs
+import tiny
+
+from undo_ray import models
 from undo_ray.place import Place
 
 SMALL = (
@@ -41,3 +46,19 @@ def test_two_rounds_go_through_on_s3_and_the_same_command_again_says_they_are_do
     assert {
         name: (place / name).read_bytes() for name in place.files() if name not in ("recipe.json", "progress.json")
     } == before
+
+
+def test_a_driver_knows_a_model_behind_a_uri_without_its_weights(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDO_RAY_CACHE", str(tmp_path / "cache"))
+    directory, uri = tiny.make(tmp_path / "model", "llama", ["a few words"]), "s3://runs/model"
+    uri += f"?endpoint_override={s3}&scheme=http&region=us-east-1"
+    Place(uri).upload(directory)
+    known = models.check(uri, 0, "student.model")
+    assert known == models.check(directory, 0, "student.model"), "the same model, wherever it lies"
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))
+    assert Path(models.local(uri, 0), "model.safetensors").read_bytes() == Path(directory, "model.safetensors").read_bytes()
+    weights = Place(uri) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + b"another.")
+    assert models.check(uri, 0, "student.model") != known

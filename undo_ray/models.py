@@ -12,7 +12,8 @@ import hashlib
 import os
 import pkgutil
 import re
-from pathlib import Path
+import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 from undo_ray.place import Place, cache
@@ -34,13 +35,18 @@ def local(ref: str, seed: int) -> str:
         directory = _download(ref)
     else:
         directory = _hub(ref, _FILES) if _is_hub(ref) else ref
-    if not os.path.isfile(os.path.join(directory, "config.json")):
-        raise UserError(f"model {ref}: {directory} has no config.json; give a directory that transformers can load")
-    if os.path.isfile(os.path.join(directory, "adapter_config.json")):  # transformers would put it over the weights, vLLM not
-        raise UserError(f"model {ref}: {directory} holds an adapter; merge it into the weights, or take its files away")
-    if not list(Path(directory).glob("*.safetensors")):
-        raise UserError(f"model {ref}: {directory} has no *.safetensors weights; save the model with save_pretrained")
+    _looked_at(ref, os.listdir(directory) if os.path.isdir(directory) else ())
     return directory
+
+
+def _looked_at(ref: str, names: Iterable[str]) -> None:
+    """Raises UserError when a folder with these names is no model."""
+    if "config.json" not in names:
+        raise UserError(f"model {ref}: has no config.json; give a directory that transformers can load")
+    if "adapter_config.json" in names:  # transformers would put it over the weights, vLLM not
+        raise UserError(f"model {ref}: holds an adapter; merge it into the weights, or take its files away")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"model {ref}: has no *.safetensors weights; save the model with save_pretrained")
 
 
 def tokenizer(directory: str, trust: bool) -> Any:
@@ -72,8 +78,9 @@ def located(ref: str) -> str:
 def check(ref: str, seed: int, key: str, trust: bool = False) -> str:
     """Fingerprint of a model's weights and tokenizer (and of its code, with `trust`), for the run's identity.
 
-    A hub model's is its commit, so that the driver's node need not hold the weights. Raises UserError naming `key` when it is
-    not a model, has code of its own that is not trusted, or its tokenizer has no chat template.
+    A hub model's is its commit, and of a URI's weights only samples are read, so that the driver's node need not hold them.
+    Raises UserError naming `key` when it is not a model, has code of its own that is not trusted, or its tokenizer has no chat
+    template.
     """
     try:
         return _fingerprint(ref, seed, trust)
@@ -82,8 +89,25 @@ def check(ref: str, seed: int, key: str, trust: bool = False) -> str:
 
 
 def _fingerprint(ref: str, seed: int, trust: bool) -> str:
-    directory = _hub(ref, _FILES[1:]) if _is_hub(ref) else local(ref, seed)
-    fingerprint = os.path.basename(directory) if _is_hub(ref) else _weights_hash(directory, trust)
+    if _is_hub(ref):
+        directory = _hub(ref, _FILES[1:])
+        fingerprint = os.path.basename(directory)
+    elif "://" in ref:
+        _looked_at(ref, Place(ref).names())
+        fingerprint = _weights_hash(Place(ref), trust)
+        with tempfile.TemporaryDirectory() as directory:
+            Place(ref).download(directory, without=".safetensors")
+            _speaks(ref, directory, trust)
+        return fingerprint
+    else:
+        directory = local(ref, seed)
+        fingerprint = _weights_hash(Place(directory), trust)
+    _speaks(ref, directory, trust)
+    return fingerprint
+
+
+def _speaks(ref: str, directory: str, trust: bool) -> None:
+    """Raises UserError unless configuration and tokenizer load, and the tokenizer has a chat template."""
     for what, read in (("configuration", config), ("tokenizer", tokenizer)):
         try:
             made = read(directory, trust)
@@ -96,7 +120,6 @@ def _fingerprint(ref: str, seed: int, trust: bool) -> str:
             raise UserError(f"{ref}: its {what} does not load ({_first_line(error)}); save one beside the weights") from None
     if not getattr(made, "chat_template", None):
         raise UserError(f"{ref}: its tokenizer has no chat template; use an instruct model, or save one with the tokenizer")
-    return fingerprint
 
 
 def _is_hub(ref: str) -> bool:
@@ -130,23 +153,21 @@ def _download(uri: str) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / ".complete").exists():
-            if not (Place(uri) / "config.json").exists():
-                raise UserError(f"model {uri}: has no config.json; give a directory that transformers can load")
+            _looked_at(uri, Place(uri).names())
             target.mkdir(exist_ok=True)
             Place(uri).download(str(target))
             (target / ".complete").touch()
     return str(target)
 
 
-def _weights_hash(directory: str, trust: bool) -> str:
-    """Hash over names, sizes and 64 KiB samples of the model's files: seconds even for hundreds of GB."""
-    total = hashlib.sha256()
-    kinds = {".safetensors", ".json", ".jinja", ".model"}
-    code = sorted(Path(directory).rglob("*.py")) if trust else []
-    for file in [*sorted(path for path in Path(directory).iterdir() if path.suffix in kinds), *code]:
-        size = file.stat().st_size
-        total.update(f"{file.name}:{size};".encode())
-        with file.open("rb") as stream:
+def _weights_hash(model: Place, trust: bool) -> str:
+    """Hash over names, sizes and 64 KiB samples of the model's files: seconds even for hundreds of GB, on a store too."""
+    total, files = hashlib.sha256(), model.files()
+    kept = [name for name in files if "/" not in name and name.endswith((".safetensors", ".json", ".jinja", ".model"))]
+    for name in [*kept, *([name for name in files if name.endswith(".py")] if trust else ())]:
+        size = files[name].size
+        total.update(f"{os.path.basename(name)}:{size};".encode())
+        with model.fs.open_input_file((model / name).path) as stream:
             for offset in sorted({0, size // 2, max(0, size - 65536)}):
                 stream.seek(offset)
                 total.update(stream.read(65536))

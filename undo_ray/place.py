@@ -166,8 +166,18 @@ class Place:
         """Copy a local directory here."""
         pafs.copy_files(directory, self.made().path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
 
-    def download(self, directory: str) -> None:
-        """Copy this folder to a local directory. Raises UserError when a name in it leads out of it, as an object's may."""
-        if found := next((name for name in self.files() if name.startswith("..")), None):
+    def download(self, directory: str, without: str | None = None) -> None:
+        """Copy this folder to a local directory, but for files that end on `without`.
+
+        Raises UserError when a name in it leads out of it, as an object's may.
+        """
+        names = list(self.files())
+        if found := next((name for name in names if name.startswith("..")), None):
             raise UserError(f"{self.uri}: holds {found}, which would be written outside of the copy; take it away")
-        pafs.copy_files(self.path, directory, source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
+        if without is None:
+            pafs.copy_files(self.path, directory, source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
+            return
+        for name in names:
+            if not name.endswith(without):
+                Path(directory, name).parent.mkdir(parents=True, exist_ok=True)
+                Path(directory, name).write_bytes((self / name).read_bytes())
