@@ -85,7 +85,7 @@ def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
 def started(*options: str, cpus: int = 4, address: str = "", **variables: str) -> Iterator[Cluster]:
     """`ray start --head` with these options, until the block ends. `address`: IP:PORT of its GCS; default: a free one on
     loopback."""
-    free, dashboard, metrics = free_ports(3)
+    free, dashboard, metrics, agent = free_ports(4)
     gcs = address or f"127.0.0.1:{free}"
     ip, port = gcs.split(":")
     home = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets have short names
@@ -100,6 +100,7 @@ def started(*options: str, cpus: int = 4, address: str = "", **variables: str) -
     }
     head = ["start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}", f"--temp-dir={home}"]
     ports = [f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}", "--dashboard-host=127.0.0.1"]
+    ports.append(f"--dashboard-agent-listen-port={agent}")  # the default is taken where another Ray runs
     command, log = [RAY, *head, *ports, f"--node-ip-address={ip}", *options], home / "start.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)

@@ -13,6 +13,7 @@ import runs
 from head import Cluster, started, wait_for
 
 pytest.importorskip("ray.job_submission", reason="ray[default] brings the dashboard, which ray[serve] of the extra test brings")
+pytestmark = pytest.mark.faults
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 NOTHING = (
