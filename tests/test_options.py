@@ -37,6 +37,7 @@ def test_the_student_before_training_on_goes_on_from_the_previous_one(shuffled: 
     assert losses[1]["first"] < losses[0]["first"] - 0.5, losses
 
 
+@pytest.mark.slow
 def test_given_lessons_make_round_0_and_feedback_none_asks_the_plain_question(shuffled: Path, tmp_path: Path) -> None:
     chats = [{"messages": row["messages"]} for row in runs.rows(shuffled, "round-00/lessons")]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
@@ -53,6 +54,7 @@ def test_given_lessons_make_round_0_and_feedback_none_asks_the_plain_question(sh
     assert all(row["candidates"][0]["prompt_tokens"] == tokens[row["id"]] for row in explained)
 
 
+@pytest.mark.slow
 def test_a_given_student_is_measured_as_it_is_and_the_shown_examples_stand_alone(shuffled: Path, tmp_path: Path) -> None:
     manifest = json.loads((shuffled / "round-01/student/manifest.json").read_text())
     student = shuffled / "round-01/student" / manifest["try"] / "model"

@@ -197,6 +197,7 @@ def test_a_template_that_drops_the_answer_is_told_in_one_line_with_the_chat(clus
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     sets = (
         "data.train_limit=60",
