@@ -410,7 +410,6 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         process.wait(30)
 
 
-@pytest.mark.slow
 def test_vllm_s_own_server_writes_what_transformers_writes_and_counts_its_cache(vllm: int) -> None:
     from undo_ray.engines.hf import Transformers
     from undo_ray.engines.openai import OpenAI
