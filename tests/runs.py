@@ -30,9 +30,9 @@ SMALL = (
 
 
 def start(
-    recipe: str, run_dir: Path | str, *overrides: str, environment: dict[str, str] | None = None
+    recipe: str, run_dir: Path | str, *overrides: str, environment: dict[str, str] | None = None, job: str = "undo"
 ) -> subprocess.Popen[str]:
-    """Start `python jobs/undo.py RECIPE --run-dir DIR --set …`; `run_dir`: a path, or a URI as it is.
+    """Start `python jobs/JOB.py RECIPE --run-dir DIR --set …`; `run_dir`: a path, or a URI as it is.
 
     `environment`: variables beside those of this process.
     """
@@ -40,7 +40,7 @@ def start(
         # Relative on purpose, as people write it: workers have other working directories.
         run_dir = os.path.relpath(run_dir, ROOT)
     sets = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, "jobs/undo.py", f"jobs/recipes/{recipe}.toml", "--run-dir", run_dir, *sets]
+    command = [sys.executable, f"jobs/{job}.py", f"jobs/recipes/{recipe}.toml", "--run-dir", run_dir, *sets]
     known = {**os.environ, **(environment or {})}
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known)
 
@@ -56,8 +56,8 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return output
 
 
-def run(recipe: str, run_dir: Path | str, *overrides: str, code: int = 0) -> str:
-    return finish(start(recipe, run_dir, *overrides), code)
+def run(recipe: str, run_dir: Path | str, *overrides: str, code: int = 0, job: str = "undo") -> str:
+    return finish(start(recipe, run_dir, *overrides, job=job), code)
 
 
 def kill_in(process: subprocess.Popen[str], stage: Path, seconds: float = 240) -> None:

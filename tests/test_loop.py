@@ -179,6 +179,16 @@ def test_another_identity_is_refused_by_key_and_values(qwen: tuple[Path, tuple[s
     assert "student.learning_rate" in output and "0.5" in output and "1e-05" in output
 
 
+def test_a_model_that_is_evaluated_scores_what_it_scores_in_a_run(
+    qwen: tuple[Path, tuple[str, ...], str], tmp_path: Path
+) -> None:
+    run_dir, sets, _ = qwen
+    output = runs.run("gsm8k", tmp_path / "run", *sets, job="evaluate")
+    found, base = json.loads((tmp_path / "run/evaluation.json").read_text()), runs.report(run_dir)["base_tests"]
+    assert found["tests"] == base and f"of {base['gsm8k']['n']}" in output
+    assert "student.model" in runs.run("gsm8k", tmp_path / "run", *sets, 'student.model="other"', job="evaluate", code=2)
+
+
 def test_no_accepted_rationale_ends_in_order_with_exit_code_3(
     data_dir: Path, qwen: tuple[Path, tuple[str, ...], str], tmp_path: Path
 ) -> None:
