@@ -113,14 +113,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return run_dir, time.monotonic() - begun
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_driver_killed_at_four_random_moments(whole: tuple[Path, float], tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_a_driver_killed_at_ten_random_moments(whole: tuple[Path, float], tmp_path: Path, seed: int) -> None:
     run_dir, draw, kills = tmp_path / "run", random.Random(seed), 0
     watch = Watch(run_dir, tmp_path / "kept")
-    for _ in range(4):
+    for _ in range(10):
         process = runs.start("mini", run_dir, *runs.SMALL)
         try:
-            process.communicate(timeout=draw.uniform(1, whole[1] * 0.6))
+            process.communicate(timeout=draw.uniform(1, whole[1] * 0.4))
             break  # it was done before its moment
         except subprocess.TimeoutExpired:
             process.kill()
