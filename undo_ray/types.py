@@ -126,7 +126,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(printable(message).replace("\n", "\\n"))
+        super().__init__(printable(message).replace("\n", " "))
         self.exit_code = exit_code
 
 
