@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -175,13 +176,14 @@ def measured(recipe: Recipe, run: Run) -> tuple[Dataset, Json]:
 def start_ray(verbose: bool) -> None:
     """Join the cluster RAY_ADDRESS names (a job's environment does), else start one on this machine."""
     own: Json = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    if not (address := os.environ.get("RAY_ADDRESS")):
         # Logical CPUs: with fewer than four, pipelines on a small machine starve beside Train's controller.
         own = {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     level = logging.INFO if verbose else logging.ERROR
     # Else Ray 2.60 warns that hiding GPUs from tasks that ask for none will end; this chooses the coming behaviour now.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with nullcontext() if verbose else _held_back(), _on_loopback() if own else nullcontext():
+    inward = _on_loopback() if not address or _inward(address) else nullcontext()
+    with nullcontext() if verbose else _held_back(), inward:
         ray.init(**own, log_to_driver=verbose, logging_level=level)  # in C++ it announces that it was told to be quiet
     if own and (token := Path.home() / ".ray" / "auth_token").is_file():
         token.chmod(0o600)  # Ray 2.60 makes it readable for everybody, and it opens every port
@@ -195,9 +197,18 @@ def start_ray(verbose: bool) -> None:
         logging.getLogger(name).setLevel(level if verbose else logging.CRITICAL)
 
 
+def _inward(address: str) -> bool:
+    """Whether a Ray is on the loopback interface of this machine alone, as one that was started by `start_ray` is."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+        return False
+    with socket.socket() as outer:
+        return outer.connect_ex((ray.util.get_node_ip_address(), int(port))) != 0
+
+
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that is started here listens on 127.0.0.1 alone.
+    """A Ray that is started, or joined, here is on 127.0.0.1 alone.
 
     Ray 2.60 listens on all interfaces unless the node's address is the loopback one, and makes 127.0.0.1 the machine's outer
     address wherever it is asked for by argument; on systems without clusters it takes it by itself. Token authentication is
