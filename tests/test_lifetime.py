@@ -168,6 +168,10 @@ def test_one_engine_serves_all_rounds_and_a_killed_driver_leaves_none_behind(clu
 
     engine = 'kind = "vllm", context = 1024, batch_size = 32, lifetime = "run", resources = {cpus = 0.5}'
     sets = [*runs.SMALL, f"teacher.engine={{{engine}}}"]
+    deadline = time.monotonic() + 60
+    while named("Host"):
+        assert time.monotonic() < deadline, "the engines of the tests before are still there"
+        time.sleep(0.2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         process, started = runs.start("mini", tmp_path / "run", *sets), set[int]()

@@ -60,7 +60,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def engine(replicas: str) -> str:
-    return f"teacher.engine={{batch_size = 16, {replicas}, resources = {{cpus = 3}}}}"
+    return f"teacher.engine={{batch_size = 16, {replicas}, resources = {{cpus = 2.1}}}}"
 
 
 def command(run_dir: Path, *overrides: str) -> list[str]:
@@ -97,7 +97,7 @@ def test_what_no_growth_can_hold_is_refused_with_what_there_is(growing: Cluster,
     )
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 5, done.stderr
-    assert "teacher.engine: needs 5 × (3 CPUs) at a time, beside student.engine" in last
+    assert "teacher.engine: needs 5 × (2.1 CPUs) at a time, beside student.engine" in last
     assert (
         "(1 CPUs), and its autoscaler may add 3 × worker (4 CPUs), 3 nodes at most; lower" in last
         and not (tmp_path / "run/problems").exists()
