@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from calendar import timegm
 from pathlib import Path
+
+from figures import tell
+
+from undo_ray.types import unix_time
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("rounds=1", "student.tokens=1_800_000", "data.tests=[]")
@@ -36,7 +38,7 @@ def seconds(run_dir: Path) -> float:
 def overhead(run_dir: Path) -> tuple[float, float]:
     """(seconds of round 1, share of them without engine or training)."""
     first, second = (json.loads((run_dir / f"round-0{k}/record.json").read_text()) for k in (0, 1))
-    begun, ended = (timegm(time.strptime(record["finished"], "%Y-%m-%dT%H:%M:%SZ")) for record in (first, second))
+    begun, ended = (unix_time(record["finished"]) for record in (first, second))
     replicas = json.loads((run_dir / "recipe.json").read_text())["recipe"]["teacher"]["engine"]["replicas"]  # the student's too
     at_work = sum(second["engine_seconds"].values()) / replicas + second["training"]["loop_seconds"]
     return ended - begun, 1 - at_work / (ended - begun)
@@ -56,11 +58,7 @@ def main() -> None:
             found["R8_overhead"].append(share)
             found["round_seconds"].append(wall)
         print(*(f"{key} {values[-1]:.3g}" for key, values in found.items()), file=sys.stderr, flush=True)
-    print("| | median | lowest | highest |\n|---|---|---|---|")
-    for key, values in found.items():
-        print(f"| {key} | {statistics.median(values):.3g} | {min(values):.3g} | {max(values):.3g} |")
-    if options.json:
-        options.json.write_text(json.dumps({key: statistics.median(values) for key, values in found.items()}, indent=2) + "\n")
+    tell(found, options.json)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,8 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from figures import tell
 
 from undo_ray import cli, engines, loop
 from undo_ray.config import Engine, Sampling
@@ -345,11 +346,7 @@ def main() -> None:
                 for key, value in side().items():
                     found.setdefault(key, []).append(value)
                     print(f"{key} {value:.3g}", file=sys.stderr, flush=True)
-    print("| | median | lowest | highest |\n|---|---|---|---|")
-    for key, values in found.items():
-        print(f"| {key} | {statistics.median(values):.3g} | {min(values):.3g} | {max(values):.3g} |")
-    if options.json:
-        options.json.write_text(json.dumps({key: statistics.median(values) for key, values in found.items()}, indent=2) + "\n")
+    tell(found, options.json)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -64,14 +63,6 @@ class Cluster(NamedTuple):
                 one.kill()
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
@@ -84,7 +75,7 @@ def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
 def started(*options: str, cpus: int = 4, address: str = "", **variables: str) -> Iterator[Cluster]:
     """`ray start --head` with these options, until the block ends. `address`: IP:PORT of its GCS; default: a free one on
     loopback."""
-    free, dashboard, metrics, agent = free_ports(4)
+    free, dashboard, metrics, agent = runs.free_ports(4)
     gcs = address or f"127.0.0.1:{free}"
     ip, port = gcs.split(":")
     home = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets have short names
@@ -103,9 +94,7 @@ def started(*options: str, cpus: int = 4, address: str = "", **variables: str) -
     command, log = [RAY, *head, *ports, f"--node-ip-address={ip}", *options], home / "start.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    found = Cluster(
-        f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", environment, process
-    )
+    found = Cluster(gcs, f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", environment, process)
     try:
         wait_for("job agent", lambda: process.poll() is not None or found.ready())
         assert process.poll() is None, log.read_text()

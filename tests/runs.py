@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,10 +41,23 @@ def start(
     if isinstance(run_dir, Path):
         # Relative on purpose, as people write it: workers have other working directories.
         run_dir = os.path.relpath(run_dir, ROOT)
-    sets = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, f"jobs/{job}.py", f"jobs/recipes/{recipe}.toml", "--run-dir", run_dir, *sets]
+    command = [sys.executable, f"jobs/{job}.py", f"jobs/recipes/{recipe}.toml", "--run-dir", run_dir, *sets(*overrides)]
     known = {**os.environ, **(environment or {})}
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=known)
+
+
+def sets(*overrides: str) -> list[str]:
+    """Overrides as the command line takes them."""
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of the loopback interface that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

@@ -66,9 +66,7 @@ def outcome(run_dir: Path) -> Any:
     rounds = [
         {
             **{key: record[key] for key in ("validation", "show", "lessons", "rationales", "asked", "refused", "shown")},
-            "tokens": {
-                key: record[role][key] for role in ("teacher_tokens", "student_tokens") for key in ("prompt", "completion")
-            },
+            "tokens": [record[f"{role}_tokens"][key] for role in ("teacher", "student") for key in ("prompt", "completion")],
             "loss": round(record["training"]["loss"]["last"], 3),
         }
         for record in report["rounds"]
@@ -414,8 +412,7 @@ def test_a_head_that_is_started_again_goes_on_with_the_job_submitted_again(whole
     import head
 
     run_dir = tmp_path / "run"
-    sets = [part for override in runs.SMALL for part in ("--set", override)]
-    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *sets)
+    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *runs.sets(*runs.SMALL))
     with head.started() as cluster:
         cluster.submit(*command, options=("--no-wait",))
         while not any(run_dir.glob("round-01/rationales/try-*")):

@@ -29,8 +29,7 @@ def metrics(cluster: Cluster) -> list[str]:
 
 def test_a_job_is_followed_stopped_and_goes_on_when_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
     run_dir, job = tmp_path / "run", "first"
-    sets = [part for override in runs.SMALL for part in ("--set", override)]
-    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *sets)
+    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *runs.sets(*runs.SMALL))
     cluster.submit(*command, options=("--no-wait", "--submission-id", job))
 
     def at_work() -> Any:

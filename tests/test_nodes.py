@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -63,18 +62,14 @@ def engine(replicas: str) -> str:
     return f"teacher.engine={{batch_size = 16, {replicas}, resources = {{cpus = 2.1}}}}"
 
 
-def command(run_dir: Path, *overrides: str) -> list[str]:
-    sets = [part for override in (*runs.SMALL, *overrides) for part in ("--set", override)]
-    return [sys.executable, "jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *sets]
+def begun(cluster: Cluster, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    return runs.start("mini", run_dir, *runs.SMALL, *overrides, environment={**cluster.environment, "RAY_ADDRESS": cluster.gcs})
 
 
 def test_a_pool_grows_with_its_cluster_and_both_shrink_again(growing: Cluster, tmp_path: Path) -> None:
     assert growing.alive() == 1
     sets = ("rounds=0", "data.train_limit=1000", engine("replicas = 3, min_replicas = 1"))
-    here = {**growing.environment, "RAY_ADDRESS": growing.gcs}
-    process = subprocess.Popen(
-        command(tmp_path / "run", *sets), cwd=runs.ROOT, env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = begun(growing, tmp_path / "run", *sets)
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.append(process.communicate()[0]), daemon=True)
     reader.start()
@@ -91,12 +86,7 @@ def test_a_pool_grows_with_its_cluster_and_both_shrink_again(growing: Cluster, t
 
 
 def test_what_no_growth_can_hold_is_refused_with_what_there_is(growing: Cluster, tmp_path: Path) -> None:
-    here = {**growing.environment, "RAY_ADDRESS": growing.gcs}
-    done = subprocess.run(
-        command(tmp_path / "run", engine("replicas = 5")), cwd=runs.ROOT, env=here, capture_output=True, text=True, timeout=120
-    )
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 5, done.stderr
+    last = runs.finish(begun(growing, tmp_path / "run", engine("replicas = 5")), code=5).splitlines()[-1]
     assert "teacher.engine: needs 5 × (2.1 CPUs) at a time, beside student.engine" in last
     assert (
         "(1 CPUs), and its autoscaler may add 3 × worker (4 CPUs), 3 nodes at most; lower" in last

@@ -155,7 +155,7 @@ def test_addresses_that_hold_no_secret_are_let_through(recipe: Path) -> None:
         "https://host:8000/models/v1",
         "org/name@v1.2",
     ):
-        config.load(recipe, [f"teacher.model={uri}"])
+        assert config.load(recipe, [f"teacher.model={uri}"]).teacher.model == uri
 
 
 # -- the terminal -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from urllib.request import urlopen
 import openai
 import psutil
 import pytest
+import runs
 import tiny
 
 from undo_ray import config, serve
@@ -57,15 +58,10 @@ def held(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield held
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 @contextmanager
 def server(run_dir: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`undo-ray serve` until it answers; gives the process and the API's address."""
-    port = free_port()
+    [port] = runs.free_ports(1)
     command = [sys.executable, "-m", "undo_ray", "serve", run_dir, "--port", str(port), *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import tiny
 import torch
 
@@ -148,12 +148,6 @@ def test_adapters_are_merged_as_peft_merges_them(students: dict[str, str]) -> No
 # -- five modes ---------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
-
-
 def curve(
     directory: str, keys: Student, state: Path | None = None, first: int = 0, device: torch.device = CPU
 ) -> tuple[list[float], dict[str, Any]]:
@@ -209,7 +203,7 @@ def worker(rank: int, port: int, jobs: list[dict[str, Any]], out: Path) -> None:
 
 def on_two(jobs: list[dict[str, Any]], out: Path) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
     out.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(worker, (free_port(), jobs, out), nprocs=2)
+    torch.multiprocessing.spawn(worker, (runs.free_ports(1)[0], jobs, out), nprocs=2)
     return [(json.loads((out / f"{i}.json").read_text()), torch.load(out / f"{i}.pt")) for i in range(len(jobs))]
 
 

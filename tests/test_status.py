@@ -97,7 +97,7 @@ def test_what_engines_died_of_is_told_while_their_stage_goes_on(tmp_path: Path) 
 def test_times_to_come_are_those_of_the_round_before(tmp_path: Path) -> None:
     run = Place(str(tmp_path))
     done(run, 0)
-    (run / "recipe.json").write_json({"recipe": RECIPE.model_dump(mode="json")})
+    (run / "recipe.json").write_json({"recipe": RECIPE.model_dump(mode="json"), "identity": {}, "starts": []})
     figures = {"done": 300.0, "total": 400.0, "tokens": 6000.0, "asked": 300.0, "accepted": 240.0, "errors": 2.0}
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     state = {"round": 1, "stage": "rationales", "title": "round 1 · rationales", "figures": figures, "seconds": 60.0, "at": at}

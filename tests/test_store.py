@@ -373,8 +373,11 @@ def test_what_is_damaged_is_set_aside_and_made_again_and_the_rest_is_kept(place:
     assert sorted(aside.values(), key=len)[-1] in (broken, record) and {broken, record} <= set(aside.values())
 
 
-def test_a_cut_record_is_set_aside_and_rebuilt(place: Place) -> None:
-    file = damaged(place, "round-00/record.json", lambda data: data[:-20])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-20], lambda data: data.replace(b'"round": 0', b'"round": 1')], ids=["cut", "other round"]
+)
+def test_a_record_that_cannot_be_read_is_set_aside_and_rebuilt(place: Place, damage: Any) -> None:
+    file = damaged(place, "round-00/record.json", damage)
     cut = file.read_bytes()
     with opened(place) as run:
         run.mend()

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
-from undo_ray.engines.journal import busy, damaged, finished, interrupted, share, starts
+from undo_ray.engines.journal import busy, finished, interrupted, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place, plain_rows
@@ -411,9 +411,8 @@ def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
 
 def _resumed(out: Stage) -> None:
     """Note and say what an earlier start of this stage left in the journal, once what cannot be read there is set aside."""
-    for file in damaged(_journal(out)):
-        out.ledger.set_aside(file, f"{file.uri}: not a whole Parquet file")
-    known, begun = finished(_journal(out)), interrupted(_journal(out))
+    known = finished(_journal(out), lambda file: out.ledger.set_aside(file, f"{file.uri}: not a whole Parquet file"))
+    begun = interrupted(_journal(out))
     out.note(resumed=known, interrupted={"driver": begun})
     if known:
         out.progress.say(f"{known} generations of an earlier start are used as they are; {begun} were in flight and are lost")

@@ -88,7 +88,7 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
     """
     with open_run(run_dir, recipe, checked(recipe, ("teacher", "student")), Progress()) as held:
         held.mend()
-        if known := report.finished(held):
+        if known := report.finished(held.place, recipe):
             held.progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
             return known
         with working(recipe, held, placement.asked(recipe), verbose) as recipe:

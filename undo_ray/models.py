@@ -89,21 +89,16 @@ def check(ref: str, seed: int, key: str, trust: bool = False) -> str:
 
 
 def _fingerprint(ref: str, seed: int, trust: bool) -> str:
-    if _is_hub(ref):
-        directory = _hub(ref, _FILES[1:])
-        fingerprint = os.path.basename(directory)
-    elif "://" in ref:
-        _looked_at(ref, Place(ref).names())
-        fingerprint = _weights_hash(Place(ref), trust)
+    if "://" in ref:
+        place = Place(ref)
+        _looked_at(ref, place.names())
         with tempfile.TemporaryDirectory() as directory:
-            Place(ref).download(directory, without=".safetensors")
+            place.download(directory, without=".safetensors")
             _speaks(ref, directory, trust)
-        return fingerprint
-    else:
-        directory = local(ref, seed)
-        fingerprint = _weights_hash(Place(directory), trust)
+        return _weights_hash(place, trust)
+    directory = _hub(ref, _FILES[1:]) if _is_hub(ref) else local(ref, seed)
     _speaks(ref, directory, trust)
-    return fingerprint
+    return os.path.basename(directory) if _is_hub(ref) else _weights_hash(Place(directory), trust)
 
 
 def _speaks(ref: str, directory: str, trust: bool) -> None:
@@ -153,9 +148,10 @@ def _download(uri: str) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / ".complete").exists():
-            _looked_at(uri, Place(uri).names())
+            place = Place(uri)
+            _looked_at(uri, place.names())
             target.mkdir(exist_ok=True)
-            Place(uri).download(str(target))
+            place.download(str(target))
             (target / ".complete").touch()
     return str(target)
 

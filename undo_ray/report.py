@@ -96,7 +96,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
         "rounds": rounds,
         "resumes": run.resumes,
         "stopped": stopped,
-        "goal": goal(recipe),
+        "goal": _goal(recipe),
     }
     spent = [record["money"] for record in records]
     if recipe.data.tests:
@@ -125,16 +125,16 @@ def _sum(parts: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def goal(recipe: Recipe) -> str:
+def _goal(recipe: Recipe) -> str:
     """Hash of the extendable keys: a finished run of another goal is not finished."""
     return digest({key: value for key, kind, value in leaves(recipe) if kind == "extendable"})
 
 
-def finished(run: Run) -> Json | None:
-    """The report of a run that has reached this recipe's goal; None while there is something to do."""
-    place = run.place / "report.json"
+def finished(run: Place, recipe: Recipe) -> Json | None:
+    """The report of a run directory that has reached this recipe's goal; None while there is something to do."""
+    place = run / "report.json"
     report = _read(place) if place.exists() else None
-    return report if report and report["goal"] == goal(run.recipe) and report["stopped"] != "no_lessons" else None
+    return report if report and report["goal"] == _goal(recipe) and report["stopped"] != "no_lessons" else None
 
 
 def read(run_dir: str) -> Json:

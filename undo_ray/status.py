@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from calendar import timegm
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from undo_ray import report, store
-from undo_ray.config import Recipe
 from undo_ray.lease import LEASE_SECONDS, holder
 from undo_ray.place import Json, Place
 from undo_ray.progress import line
-from undo_ray.types import unusable
+from undo_ray.types import unix_time
 
 STAGES = ("attempts", "rationales", "lessons", "student", "measure")
 """Of a round, in their order; round 0 has no attempts."""
@@ -26,35 +24,26 @@ ENGINE_ERRORS = 3
 
 
 def read(run_dir: str) -> Json:
-    """What is known of a run, as docs/cluster.md has it. Raises UserError (exit code 4) where there is none."""
+    """What is known of a run, as docs/run-directory.md has it. Raises UserError (exit code 4) where there is none."""
     run = Place(run_dir)
-    remedy = "give the run directory itself"
-    if not (run / "recipe.json").exists():
-        raise unusable(f"{run_dir}: has no recipe.json; {remedy}")
-    recipe = (run / "recipe.json").read_json(remedy, "the recipe of a run", lambda found: "recipe" in found)["recipe"]
-    state: Json = {}
+    recipe, state = store.recipe_of(run), dict[str, Any]()
     if (run / "progress.json").exists():
         state = (run / "progress.json").read_json(
             "it is for reading alone: remove it", "a run's progress", lambda f: "errors" in f
         )
     driver, alive = holder(run)
     records = store.records(run)
-    known = "running" if alive else "killed" if driver else "finished" if _ended(run, recipe) else "stopped"
+    known = "running" if alive else "killed" if driver else "finished" if report.finished(run, recipe) else "stopped"
     current = _current(run, state, records) if known != "finished" and "title" in state else None
     return {
         "run": run.uri,
         "state": known,
         "driver": driver and {**{key: driver[key] for key in ("host", "pid", "since")}, "seconds_ago": _ago(driver["renewed"])},
-        "rounds": recipe["rounds"],
+        "rounds": recipe.rounds,
         "done": [{key: record[key] for key in ROUND} for record in records],
         "current": current,
         "errors": [*state.get("errors", []), *(_engine_errors(run, state) if current else ())],
     }
-
-
-def _ended(run: Place, recipe: Json) -> bool:
-    """Whether there is a report, of the goal that the recipe has now."""
-    return (run / "report.json").exists() and report.read(run.uri)["goal"] == report.goal(Recipe.model_validate(recipe))
 
 
 def _ago(seconds: float) -> float:
@@ -67,7 +56,7 @@ def _current(run: Place, state: Json, records: Sequence[Json]) -> Json:
     done, total, seconds = figures.get("done", 0), figures.get("total", 0), state["seconds"]
     left = (total - done) * seconds / done if total and done else None
     found = {"title": state["title"], "round": k, "stage": name, "figures": figures, "seconds": seconds, "left": left}
-    found["seconds_ago"] = _ago(timegm(time.strptime(state["at"], "%Y-%m-%dT%H:%M:%SZ")))
+    found["seconds_ago"] = _ago(unix_time(state["at"]))
     if k < 0:
         return found
     before = records[k - 1]["seconds"] if 0 < k <= len(records) else {}

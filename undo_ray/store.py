@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,18 @@ class Run:
         for name in sorted(name for name in there if _STAGE.fullmatch(name)):
             stage = os.path.dirname(name)
             own = {name.removeprefix(f"{stage}/"): size for name, size in there.items() if name.startswith(f"{stage}/")}
-            try:
-                _verified(self.place / stage, own)
-            except UserError as error:
-                self.set_aside(self.place / stage, str(error).partition(";")[0])
+            if why := _wrong(partial(_verified, self.place / stage, own)):
+                self.set_aside(self.place / stage, why)
                 aside.add(os.path.dirname(stage))
         for name in sorted(name for name in there if _RECORD.fullmatch(name)):
-            if why := "its stage was damaged" if os.path.dirname(name) in aside else _unreadable(self.place / name):
-                self.set_aside(self.place / name, f"{(self.place / name).uri}: {why}")
+            why = f"{(self.place / name).uri}: its stage was damaged" if os.path.dirname(name) in aside else None
+            if why := why or _wrong(partial(_record, self.place, int(name[6:].partition("/")[0]))):
+                self.set_aside(self.place / name, why)
                 aside.add(name)
         report = self.place / "report.json"
-        if "report.json" in there and (why := "it reports what was damaged" if aside else _unreadable(report)):
-            self.set_aside(report, f"{report.uri}: {why}")
+        why = f"{report.uri}: it reports what was damaged" if aside else None
+        if "report.json" in there and (why := why or _wrong(partial(report.read_json, ""))):
+            self.set_aside(report, why)
 
     def set_aside(self, place: Place, why: str) -> None:
         """Move a file or folder of the run to its folder `damaged`, and say so."""
@@ -298,12 +299,12 @@ def _verified(place: Place, there: Mapping[str, int]) -> Json:
     return manifest
 
 
-def _unreadable(file: Place) -> str | None:
-    """What is wrong with a JSON object; None when nothing is."""
+def _wrong(read: Callable[[], Any]) -> str | None:
+    """What is wrong with what is read, without the remedy; None when nothing is."""
     try:
-        file.read_json("")
-    except UserError:
-        return "not a JSON object"
+        read()
+    except UserError as error:
+        return str(error).partition(";")[0]
     return None
 
 
@@ -326,14 +327,19 @@ def _sha256(fs: pafs.FileSystem, path: str) -> str:
 def records(run: Place) -> list[Json]:
     """The records of a run directory's finished rounds, in order; whoever reads them need not hold it."""
     found: list[Json] = []
+    while (run / f"round-{len(found):02d}" / "record.json").exists():
+        found.append(_record(run, len(found)))
+    return found
+
+
+def _record(run: Place, k: int) -> Json:
+    """The record of round k. Raises UserError when it is damaged."""
 
     def valid(record: Json) -> bool:
-        return "fingerprint" in record and record.get("round") == len(found)
+        return "fingerprint" in record and record.get("round") == k
 
     remedy = "run the same command: it is set aside and rebuilt from its stages"
-    while (place := run / f"round-{len(found):02d}" / "record.json").exists():
-        found.append(place.read_json(remedy, f"the record of round {len(found)}", valid))
-    return found
+    return (run / f"round-{k:02d}" / "record.json").read_json(remedy, f"the record of round {k}", valid)
 
 
 def recipe_of(run: Place) -> Recipe:

@@ -13,6 +13,7 @@ die with the driver, so nothing that must last is ever one.
 from __future__ import annotations
 
 import time
+from calendar import timegm
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -144,6 +145,14 @@ def unusable(message: str) -> UserError:
     return UserError(message, exit_code=4)
 
 
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
 def now() -> str:
     """The time in UTC as records have it, e.g. `2026-01-31T23:59:59Z`."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(_TIME, time.gmtime())
+
+
+def unix_time(at: str) -> int:
+    """Seconds since 1970 of what `now` gave."""
+    return timegm(time.strptime(at, _TIME))

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -47,20 +47,17 @@ def key(chat: Sequence[Message], seed: int) -> bytes:
     return hashlib.blake2b(json.dumps([seed, list(chat)], sort_keys=True).encode(), digest_size=16).digest()
 
 
-def finished(place: Place) -> int:
-    """Generations in a journal."""
-    return sum(pq.read_metadata(file.path, filesystem=file.fs).num_rows for file in _files(place / "done", ".parquet"))
-
-
-def damaged(place: Place) -> list[Place]:
-    """Files of generations that are no whole Parquet files."""
-    found = []
+def finished(place: Place, damaged: Callable[[Place], None] | None = None) -> int:
+    """Generations in a journal. `damaged` is called with each file that is no whole Parquet file; without it that raises."""
+    count = 0
     for file in _files(place / "done", ".parquet"):
         try:
-            pq.read_metadata(file.path, filesystem=file.fs)
+            count += pq.read_metadata(file.path, filesystem=file.fs).num_rows
         except pa.ArrowInvalid:
-            found.append(file)
-    return found
+            if damaged is None:
+                raise
+            damaged(file)
+    return count
 
 
 def interrupted(place: Place) -> int:

@@ -66,18 +66,8 @@ class VLLM:
     def _open(self) -> Any:
         from vllm import LLM
 
-        engine = self.spec
-        options: dict[str, Any] = {
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "max_model_len": engine.context,
-            "pipeline_parallel_size": engine.pipeline_parallel,
-            "load_format": "safetensors",
-            **({} if engine.resources.gpus else cpu_options(engine.context)),
-            **engine.kwargs,
-            "trust_remote_code": self.trust,
-        }
-        return LLM(self.directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
+        options = {"enable_prefix_caching": True, **arguments(self.directory, self.spec), "trust_remote_code": self.trust}
+        return LLM(**options)
 
     def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
         """See `engines.Backend`. Long prompts go first: they hold up the end of a batch least when they begin early."""
@@ -140,7 +130,22 @@ def _shape(directory: str, trust: bool) -> dict[str, Any]:
     return {key: value for key, value in known.items() if key not in ("_name_or_path", "transformers_version")}
 
 
-def cpu_options(context: int | None) -> dict[str, Any]:
+def arguments(directory: str, engine: Engine) -> dict[str, Any]:
+    """What vLLM is told of an engine, by the names of its arguments; `engine.kwargs` last."""
+    return {
+        "model": directory,
+        "dtype": engine.dtype,
+        "max_model_len": engine.context,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "pipeline_parallel_size": engine.pipeline_parallel,
+        "load_format": "safetensors",
+        "disable_log_stats": True,
+        **({} if engine.resources.gpus else _cpu_options(engine.context)),
+        **engine.kwargs,
+    }
+
+
+def _cpu_options(context: int | None) -> dict[str, Any]:
     """What vLLM's CPU build needs inside an actor."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     # Engines that each bind their threads to the first cores would share them and leave the others idle.

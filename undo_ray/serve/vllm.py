@@ -50,23 +50,12 @@ class VLLM:
 
 def _arguments(directory: str, name: str, engine: Engine) -> dict[str, Any]:
     """Of vLLM's server, by their names on the parsed command line."""
-    cpu: dict[str, Any] = {}
-    if not engine.resources.gpus:
-        from undo_ray.engines.vllm import cpu_options
+    from undo_ray.engines.vllm import arguments
 
-        cpu = cpu_options(engine.context)
     return {
-        "model": directory,
+        **arguments(directory, engine),
         "served_model_name": [name],
-        "dtype": engine.dtype,
-        "max_model_len": engine.context,
-        "tensor_parallel_size": engine.tensor_parallel,
-        "pipeline_parallel_size": engine.pipeline_parallel,
-        "load_format": "safetensors",
         "trust_remote_code": False,
-        "disable_log_stats": True,
         "disable_fastapi_docs": True,
         "default_chat_template_kwargs": engine.chat_template_kwargs or None,
-        **cpu,
-        **engine.kwargs,
     }
