@@ -17,7 +17,7 @@ import pytest
 import runs
 import tiny
 import torch
-from test_sharding import TEXTS, alone, chats, check, curve, free_port, row, spec
+from test_sharding import TEXTS, alone, chats, check, curve, row, spec
 
 from undo_ray.config import Student
 from undo_ray.train import memory, model, sharding
@@ -74,7 +74,7 @@ def on_one(rank: int, port: int, task: Any, arguments: tuple[Any, ...], out: Pat
 
 
 def in_a_process(task: Any, arguments: tuple[Any, ...], out: Path) -> Any:
-    torch.multiprocessing.spawn(on_one, (free_port(), task, arguments, out), nprocs=1)
+    torch.multiprocessing.spawn(on_one, (runs.free_ports(1)[0], task, arguments, out), nprocs=1)
     return json.loads(out.read_text())
 
 
