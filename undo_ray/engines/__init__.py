@@ -126,6 +126,10 @@ def generate(rows: Dataset, work: Work, held: kept.Held) -> Dataset:
         max_concurrent_calls_per_actor=calls(engine),
         enable_true_multi_threading=calls(engine) > 1,
     )
+    if engine.min_replicas:
+        # Ray Data divides the cluster among a plan's operators and grows a pool within its share alone: a new node's share seldom
+        # holds an engine. What the pool may take is `placement`'s to know; its input is small.
+        rows.context.op_resource_reservation_enabled = False
     return rows.map_batches(
         Replica,
         fn_constructor_args=(work, hosts, secret(engine)),
