@@ -49,6 +49,7 @@ PLACEMENT = {
     "teacher.engine.min_replicas": "1",
     "teacher.engine.tensor_parallel": "4",
     "teacher.engine.pipeline_parallel": "2",
+    "teacher.engine.nodes": "2",
     "teacher.engine.batch_size": "8",
     "teacher.engine.lifetime": "run",
     "teacher.engine.start_seconds": "60",
@@ -71,6 +72,7 @@ PLACEMENT = {
     "student.engine.min_replicas": "1",
     "student.engine.tensor_parallel": "4",
     "student.engine.pipeline_parallel": "2",
+    "student.engine.nodes": "2",
     "student.engine.batch_size": "8",
     "student.engine.lifetime": "run",
     "student.engine.start_seconds": "60",
@@ -240,6 +242,10 @@ def test_a_bad_key_or_value_is_named_with_its_file(tmp_path: Path, old: str, new
         ("student.epochs=2", "give exactly one of student.tokens and student.epochs"),
         ("student={model = 'm', epochs = 1, workers = 3, sharding = 'none'}", 'sharding = "none" trains on one worker, not 3'),
         ("data.select=0", "data.select = 0 leaves nothing to choose between rounds"),
+        (
+            "teacher.engine.nodes=2",
+            'nodes = 2 needs kind = "vllm", lifetime = "run", and tensor_parallel x pipeline_parallel =',
+        ),
         ("teacher.engine.tensor_parallel=16", "tensor_parallel x pipeline_parallel = 16 needs as many resources.gpus, not 8"),
     ],
 )
@@ -428,6 +434,9 @@ ENDPOINT = ["teacher.engine={kind = 'openai'}", "prices={prompt = 1, cached = 0,
 @pytest.mark.parametrize("key", [*PLACEMENT, *EXTENDABLE])
 def test_a_placement_or_extendable_key_leaves_the_identity_alone(good: Path, key: str) -> None:
     beside = ENDPOINT if key.startswith(("teacher.engine.endpoint", "prices")) else []
+    if key.endswith(".nodes"):  # over the eight GPUs that both engines have
+        engine = key.removesuffix(".nodes")
+        beside = [f"{engine}.lifetime=run", f"{engine}.tensor_parallel=8"]
     before, after = config.load(good, beside), config.load(good, [*beside, f"{key}={({**PLACEMENT, **EXTENDABLE})[key]}"])
     assert before != after
     assert config.identity(before) == config.identity(after)

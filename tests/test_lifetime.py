@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -123,6 +126,52 @@ def test_where_weights_cannot_be_exchanged_a_kept_engine_starts_anew(cluster: No
         job = work(model, tmp_path / str(stage), kind="vllm", lifetime="run", resources=Placement(cpus=0.5))
         assert texts(job, held) == reference(model)
     kept.release(held)
+
+
+OVER_NODES = """
+import json, pathlib, sys, time
+import ray
+from ray.cluster_utils import Cluster
+from undo_ray.config import Engine, Placement, Sampling
+from undo_ray.engines import kept
+
+def model(looked=pathlib.Path(sys.argv[1])):
+    (looked / ray.get_runtime_context().get_node_id()).touch()
+    return str(looked)
+
+def free():
+    return {key: ray.available_resources().get(key, 0) for key in ("CPU", "GPU")}
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=4, num_gpus=2).node_id for _ in range(2)]
+ray.init(cluster.address, log_to_driver=False)
+before, held = free(), kept.Held()
+parts = {"tensor_parallel": 2, "pipeline_parallel": 2, "nodes": 2, "resources": Placement(cpus=6, gpus=4)}
+[host] = kept.hosts(held, "teacher", Engine(kind="vllm", lifetime="run", **parts), Sampling(), False, 1)
+try:
+    ray.get(host.load.remote(model))
+    raise SystemExit("loaded from an empty folder")
+except RuntimeError as error:
+    told = str(error)
+during = free()
+kept.release(held)
+while free() != before:
+    time.sleep(0.1)
+print(json.dumps([nodes, before, during, told]))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_an_engine_over_two_nodes_holds_gpus_of_both_and_its_model_is_fetched_on_both(tmp_path: Path) -> None:
+    """Emulated nodes with GPUs by name alone: where an engine lies, up to its model's directory, which is empty."""
+    command = [sys.executable, "-c", OVER_NODES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=runs.ROOT)
+    assert done.returncode == 0, done.stderr
+    nodes, before, during, told = json.loads(done.stdout.splitlines()[-1])
+    assert {file.name for file in tmp_path.iterdir()} == set(nodes)
+    assert before == {"CPU": 9, "GPU": 4} and during == {"CPU": 3, "GPU": 0}
+    assert str(tmp_path) in told, "the engine looked for its model where the nodes have it"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from undo_ray import status
 from undo_ray.config import Recipe
 from undo_ray.place import Place
-from undo_ray.progress import Progress, line
+from undo_ray.progress import Board, Progress, line
 from undo_ray.store import Stage, open_run
 from undo_ray.types import UserError
 
@@ -133,3 +133,12 @@ def test_damaged_progress_is_named_and_a_driver_writes_it_anew(tmp_path: Path) -
     with opened(tmp_path / "run") as run:
         run.round(0).once("rationales", look)
     assert json.loads((tmp_path / "run/progress.json").read_text())["stage"] == "rationales"
+
+
+def test_the_gauges_take_names_that_are_not_ascii(cluster: None) -> None:
+    """Ray's metrics refuse such labels, and a stage of tests is named with a middle dot."""
+    import ray
+
+    board = ray.remote(Board).options(num_cpus=0).remote("runs/größe")
+    ray.get([board.begin.remote(None, "tests · base"), board.set.remote(total=3), board.add.remote(done=1)])
+    assert ray.get(board.read.remote()) == {"total": 3, "done": 1}

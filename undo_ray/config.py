@@ -143,6 +143,8 @@ class Engine(_Section):
     """GPUs (vLLM workers) a layer of a replica is split over"""
     pipeline_parallel: Placed[PositiveInt] = 1
     """groups of layers of a replica, each on GPUs of its own"""
+    nodes: Placed[PositiveInt] = 1
+    """nodes a vLLM replica's GPUs lie on, for a model that one node does not hold; kept for the run"""
     batch_size: Placed[PositiveInt] = 64
     """rows handed to a replica at a time"""
     context: PositiveInt | None = None
@@ -192,6 +194,13 @@ class Engine(_Section):
         if parts > 1 and self.resources.gpus < parts:
             raise ValueError(
                 f"tensor_parallel x pipeline_parallel = {parts} needs as many resources.gpus, not {self.resources.gpus:g}"
+            )
+        if self.nodes > 1 and (
+            self.kind != "vllm" or self.lifetime != "run" or self.resources.gpus != parts or parts % self.nodes
+        ):
+            raise ValueError(
+                f'nodes = {self.nodes} needs kind = "vllm", lifetime = "run", and tensor_parallel x pipeline_parallel = '
+                f"resources.gpus, as many on each node; it is {parts}, and resources.gpus {self.resources.gpus:g}"
             )
         if self.min_replicas is not None and (self.min_replicas > self.replicas or self.lifetime == "run"):
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from undo_ray.config import Placement, Recipe
+from undo_ray.config import Engine, Placement, Recipe
 from undo_ray.engines.kept import RELAY_CPUS
 from undo_ray.place import Json
 from undo_ray.types import UserError
@@ -48,20 +48,25 @@ def asked(recipe: Recipe) -> list[Ask]:
     kept = {key: engine for key, engine in pools.items() if engine.lifetime == "run"}
     found = []
     for key, count, each in (
-        *((key, engine.min_replicas or engine.replicas, engine.resources) for key, engine in pools.items()),
-        ("student.workers", recipe.student.workers, recipe.student.resources),
+        *((key, (engine.min_replicas or engine.replicas) * engine.nodes, _part(engine)) for key, engine in pools.items()),
+        ("student.workers", recipe.student.workers, _shape(recipe.student.resources)),
     ):
         others = [other for other in kept if other != key]
-        beside = [_shape(kept[other].resources) for other in others for _ in range(kept[other].replicas)]
+        beside = [_part(kept[other]) for other in others for _ in range(kept[other].replicas * kept[other].nodes)]
         beside += [(0.0, 1.0)] if key in pools else []  # what reads, grades and writes
-        beside += [(0.0, RELAY_CPUS)] * (count if key in kept else 0)
+        beside += [(0.0, RELAY_CPUS)] * (pools[key].replicas if key in kept else 0)
         note = f', beside {" and ".join(others)} (lifetime = "run")' if others else ""
-        found.append(Ask(key, count, _shape(each), beside, note))
+        found.append(Ask(key, count, each, beside, note))
     return found
 
 
-def _shape(each: Placement) -> Shape:
-    return float(each.gpus), float(each.cpus)
+def _shape(each: Placement, nodes: int = 1) -> Shape:
+    return each.gpus / nodes, each.cpus / nodes
+
+
+def _part(engine: Engine) -> Shape:
+    """What one of its nodes gives an engine."""
+    return _shape(engine.resources, engine.nodes)
 
 
 def holds(ask: Ask, there: Sequence[Kind], types: Sequence[Kind] = (), limit: int = 0) -> bool:

@@ -39,7 +39,9 @@ class Board:
 
     def begin(self, k: int | None, stage: str) -> None:
         """A stage begins: all totals are zero. `k`: its round, None outside rounds."""
-        self.figures, self._tags = {}, {"run": self._run, "round": "" if k is None else str(k), "stage": stage}
+        tags = {"run": self._run, "round": "" if k is None else str(k), "stage": stage.replace(" ·", ",")}
+        # Ray's metrics refuse what is not ASCII.
+        self.figures, self._tags = {}, {key: tag.encode("ascii", "backslashreplace").decode() for key, tag in tags.items()}
 
     def add(self, **figures: float) -> None:
         """Add to counters: `done` rows, `asked` rows, `accepted` or `right` rows, `tokens`."""

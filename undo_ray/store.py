@@ -138,7 +138,7 @@ class Run:
     resumes: int
     identity: Json
     """What the results depend on: the recipe's identity and the fingerprints of its models."""
-    engines: dict[str, list[Any]] = field(default_factory=dict)
+    engines: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
     """What this driver's engines leave running from stage to stage."""
 
     def round(self, k: int) -> Step:

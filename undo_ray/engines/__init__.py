@@ -127,8 +127,8 @@ def generate(rows: Dataset, work: Work, held: kept.Held) -> Dataset:
         enable_true_multi_threading=calls(engine) > 1,
     )
     if engine.min_replicas:
-        # Ray Data divides the cluster among a plan's operators and grows a pool within its share alone: a new node's share seldom
-        # holds an engine. What the pool may take is `placement`'s to know; its input is small.
+        # Ray Data divides the cluster among a plan's operators and grows a pool within its share alone, which seldom holds one
+        # more engine when one more node comes. Without shares nothing bounds what waits before the pool: questions are small.
         rows.context.op_resource_reservation_enabled = False
     return rows.map_batches(
         Replica,

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from undo_ray.config import Engine, Sampling
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 RELAY_CPUS = 0.1
 """Logical CPUs of a replica that only passes rows on to a kept engine."""
 
-Held = dict[str, list[Any]]
-"""Handles of the engines a driver keeps, by what they are kept for."""
+Held = dict[str, "list[tuple[Any, Any]]"]
+"""What a driver keeps, by what it is kept for: each engine's handle, and its placement group where it has one."""
 
 
 def hosts(held: Held, name: str, engine: Engine, sampling: Sampling, trust: bool, calls: int) -> list[Any]:
@@ -33,22 +34,58 @@ def hosts(held: Held, name: str, engine: Engine, sampling: Sampling, trust: bool
     import ray
 
     if name not in held:
-        host = ray.remote(Host).options(
-            num_cpus=engine.resources.cpus,
-            num_gpus=engine.resources.gpus or None,
-            max_concurrency=calls + 2,  # beside the batches a claim and a load
-            max_restarts=-1,
-        )
-        held[name] = [host.remote(engine, sampling, trust) for _ in range(engine.replicas)]
-    return held[name]
+        host, held[name] = ray.remote(Host), []
+        for _ in range(engine.replicas):
+            where, group = _where(engine)
+            where |= {"max_restarts": -1, "max_concurrency": calls + 2}  # beside the batches a claim and a load
+            held[name].append((host.options(**where).remote(engine, sampling, trust), group))
+    return [handle for handle, _ in held[name]]
+
+
+def _where(engine: Engine) -> tuple[dict[str, Any], Any]:
+    """(Ray's options for one engine, its placement group where its GPUs are on several nodes)."""
+    cpus, gpus = engine.resources.cpus, engine.resources.gpus
+    if engine.nodes == 1:
+        return {"num_cpus": cpus, "num_gpus": gpus or None}, None
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    # As vLLM's Ray executor wants it: bundles of one GPU for its workers, and their parent beside one of them, without a GPU.
+    share = cpus / gpus
+    group = ray.util.placement_group([{"GPU": 1, "CPU": share}] * int(gpus), strategy="PACK")
+    inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    return {"num_cpus": share, "num_gpus": 0, "scheduling_strategy": inside}, group
+
+
+def everywhere(model: Callable[[], str]) -> str:
+    """The directory that `model()` gives, once every node of this process's placement group has it: workers open it there."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        return model()
+    bundles = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    fetch = ray.remote(num_cpus=0)(_call)
+    places = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in {node: n for n, node in bundles.items()}.values()]
+    found = {_got(ref) for ref in [fetch.options(scheduling_strategy=place).remote(model) for place in places]}
+    if len(found) > 1:
+        raise UserError(f"the nodes of an engine have its model at different places: {', '.join(sorted(found))}")
+    return found.pop()
+
+
+def _call(model: Callable[[], str]) -> str:
+    return model()
 
 
 def release(held: Held) -> None:
     """End the engines and give their memory back."""
     import ray
 
-    for host in [host for pool in held.values() for host in pool]:
+    for host, group in [kept for pool in held.values() for kept in pool]:
         ray.kill(host)
+        if group is not None:
+            ray.util.remove_placement_group(group)
     held.clear()
 
 
@@ -76,9 +113,9 @@ class Host:
         from undo_ray.engines import local
 
         if self._local is not None:
-            return self._local.backend.load(model())
+            return self._local.backend.load(everywhere(model))
         try:
-            self._local = local(model, self._engine, self._sampling, self._trust)
+            self._local = local(partial(everywhere, model), self._engine, self._sampling, self._trust)
         except UserError:
             raise
         except Exception as error:
