@@ -63,7 +63,7 @@ def test_kept_engines_lie_beside_every_stage() -> None:
 def test_an_engine_over_two_nodes_wants_half_of_its_gpus_on_each() -> None:
     wide = {"lifetime": "run", "tensor_parallel": 8, "pipeline_parallel": 2, "nodes": 2, "resources": {"cpus": 8, "gpus": 16}}
     asks = placement.asked(recipe(wide, {"resources": {"gpus": 1}}, {"resources": {"gpus": 1}}))
-    assert [(ask.key, ask.n, ask.each) for ask in asks][0] == ("teacher.engine", 2, (8.0, 4.0))
+    assert (asks[0].key, asks[0].n, asks[0].each) == ("teacher.engine", 2, (8.0, 4.0))
     node = Kind("gpu", (8.0, 96.0), 1)
     assert not holds(asks[0], [Kind("gpu", (15.0, 96.0), 1)]) and holds(asks[0], [node, node])
     assert not holds(asks[1], [node, node]), "both nodes are the teacher's while it is kept"
