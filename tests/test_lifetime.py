@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -128,6 +129,29 @@ def test_where_weights_cannot_be_exchanged_a_kept_engine_starts_anew(cluster: No
     kept.release(held)
 
 
+GPUS_BY_NAME = """
+import importlib.abc, importlib.machinery, sys
+
+class Named(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "vllm.platforms.cpu":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        plain = spec.loader.exec_module
+
+        def exec_module(module):
+            plain(module)
+            module.CpuPlatform.ray_device_key = "GPU"
+            module.CpuPlatform.device_control_env_var = "ANY"
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Named())
+"""
+"""vLLM's CPU build takes what Ray calls GPUs for its devices: its Ray executor wants devices with a name."""
+
 OVER_NODES = """
 import json, pathlib, sys, time
 import ray
@@ -135,43 +159,54 @@ from ray.cluster_utils import Cluster
 from undo_ray.config import Engine, Placement, Sampling
 from undo_ray.engines import kept
 
-def model(looked=pathlib.Path(sys.argv[1])):
+def model(directory=sys.argv[1], looked=pathlib.Path(sys.argv[2])):
     (looked / ray.get_runtime_context().get_node_id()).touch()
-    return str(looked)
+    return directory
 
 def free():
     return {key: ray.available_resources().get(key, 0) for key in ("CPU", "GPU")}
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=4, num_gpus=2).node_id for _ in range(2)]
+nodes = [cluster.add_node(num_cpus=4, num_gpus=1).node_id for _ in range(2)]
 ray.init(cluster.address, log_to_driver=False)
 before, held = free(), kept.Held()
-parts = {"tensor_parallel": 2, "pipeline_parallel": 2, "nodes": 2, "resources": Placement(cpus=6, gpus=4)}
-[host] = kept.hosts(held, "teacher", Engine(kind="vllm", lifetime="run", **parts), Sampling(), False, 1)
-try:
-    ray.get(host.load.remote(model))
-    raise SystemExit("loaded from an empty folder")
-except RuntimeError as error:
-    told = str(error)
+parts = {"tensor_parallel": 2, "nodes": 2, "resources": Placement(cpus=6, gpus=2)}
+plainly = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
+engine = Engine(kind="vllm", lifetime="run", context=512, kwargs=plainly, **parts)
+[host] = kept.hosts(held, "teacher", engine, Sampling(max_tokens=8), False, 1)
+assert ray.get(host.load.remote(model))
+chats, out = [[{"role": "user", "content": f"count {n}"}] for n in range(24)], {}
+for ref in host.answer.options(num_returns="streaming").remote(chats, [0] * 24):
+    out.update(ray.get(ref))
 during = free()
 kept.release(held)
 while free() != before:
     time.sleep(0.1)
-print(json.dumps([nodes, before, during, told]))
+print(json.dumps([nodes, before, during, [out[n]["text"] for n in range(24)]]))
 ray.shutdown()
 cluster.shutdown()
 """
 
 
-def test_an_engine_over_two_nodes_holds_gpus_of_both_and_its_model_is_fetched_on_both(tmp_path: Path) -> None:
-    """Emulated nodes with GPUs by name alone: where an engine lies, up to its model's directory, which is empty."""
-    command = [sys.executable, "-c", OVER_NODES, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=runs.ROOT)
+def test_an_engine_over_two_nodes_answers_as_one_does(models: list[str], tmp_path: Path) -> None:
+    """vLLM's own Ray executor, a layer split over workers on two emulated nodes, and the model fetched on both."""
+    pytest.importorskip("vllm")
+    looked = tmp_path / "looked"
+    looked.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(GPUS_BY_NAME)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    command = [sys.executable, "-c", OVER_NODES, models[0], str(looked)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=runs.ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    nodes, before, during, told = json.loads(done.stdout.splitlines()[-1])
-    assert {file.name for file in tmp_path.iterdir()} == set(nodes)
-    assert before == {"CPU": 9, "GPU": 4} and during == {"CPU": 3, "GPU": 0}
-    assert str(tmp_path) in told, "the engine looked for its model where the nodes have it"
+    nodes, before, during, found = json.loads(done.stdout.splitlines()[-1])
+    assert found == reference(models[0])
+    assert {file.name for file in looked.iterdir()} == set(nodes)
+    assert before == {"CPU": 9, "GPU": 2} and during == {"CPU": 3, "GPU": 0}
 
 
 @pytest.mark.parametrize(
