@@ -24,6 +24,7 @@ import runs
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
+SMALL = (*runs.SMALL, "student.tokens=40_000", "student.checkpoint_steps=10")
 STAGES = ("attempts", "rationales", "lessons", "student", "measure")
 
 
@@ -107,7 +108,7 @@ def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], name: s
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run without a fault, and its seconds."""
     run_dir, begun = tmp_path_factory.mktemp("faults") / "whole", time.monotonic()
-    runs.run("mini", run_dir, *runs.SMALL)
+    runs.run("mini", run_dir, *SMALL)
     return run_dir, time.monotonic() - begun
 
 
@@ -116,7 +117,7 @@ def test_a_driver_killed_at_ten_random_moments(whole: tuple[Path, float], tmp_pa
     run_dir, draw, kills = tmp_path / "run", random.Random(seed), 0
     watch = Watch(run_dir, tmp_path / "kept")
     for _ in range(10):
-        process = runs.start("mini", run_dir, *runs.SMALL)
+        process = runs.start("mini", run_dir, *SMALL)
         try:
             process.communicate(timeout=draw.uniform(1, whole[1] * 0.4))
             break  # it was done before its moment
@@ -124,7 +125,7 @@ def test_a_driver_killed_at_ten_random_moments(whole: tuple[Path, float], tmp_pa
             process.kill()
             process.communicate()
             kills += 1
-    runs.run("mini", run_dir, *runs.SMALL)
+    runs.run("mini", run_dir, *SMALL)
     assert outcome(run_dir) == outcome(whole[0])
     tokens = watch.tokens()
     assert tokens["twice"] <= 0.01 * tokens["all"]
@@ -142,8 +143,9 @@ def test_a_driver_killed_at_ten_random_moments(whole: tuple[Path, float], tmp_pa
 )
 def test_a_worker_killed_in_a_stage(whole: tuple[Path, float], tmp_path: Path, stage: str, name: str) -> None:
     run_dir = tmp_path / "run"
-    watch, process = Watch(run_dir, tmp_path / "kept"), runs.start("mini", run_dir, *runs.SMALL)
-    sign = "train/train/step-*" if "student" in stage else "generations/done/*"
+    watch = Watch(run_dir, tmp_path / "kept")
+    process = runs.start("mini", run_dir, *SMALL)
+    sign = "train/step-*" if "student" in stage else "generations/done/*"
     kill_when(process, lambda: any((run_dir / stage).glob(f"resume/**/{sign}")), name, signal.SIGKILL)
     runs.finish(process)
     assert outcome(run_dir) == outcome(whole[0])
@@ -158,7 +160,7 @@ def test_an_engine_that_hangs_is_replaced(tmp_path: Path) -> None:
     hang.write_text(HANG.replace("CANARY", str(tmp_path / "hung")))
     engine = '{kind = "vllm", batch_size = 32, stall_seconds = 10, kwargs = {logits_processors = ["hang:HangOnce"]}}'
     os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    runs.run("mini", tmp_path / "run", *runs.SMALL, "rounds=0", f"teacher.engine={engine}", "teacher.template=compact")
+    runs.run("mini", tmp_path / "run", *SMALL, "rounds=0", f"teacher.engine={engine}", "teacher.template=compact")
     assert (tmp_path / "hung").exists(), "it never hung"
     assert len(runs.rows(tmp_path / "run", "round-00/rationales")) == 80
     manifest = json.loads((tmp_path / "run/round-00/rationales/manifest.json").read_text())
@@ -174,7 +176,7 @@ class HangOnce(LogitsProcessor):
     def __init__(self, vllm_config, device, is_pin_memory):
         self.steps = 0
     def is_argmax_invariant(self):
-        return True
+        return False  # else it is left out of greedy sampling
     def update_state(self, batch_update):
         pass
     def apply(self, logits):
@@ -211,7 +213,7 @@ def test_a_cut_file_is_set_aside_and_made_again(whole: tuple[Path, float], tmp_p
     [file, *_] = sorted(run_dir.glob(pattern))
     cut(file)
     broken = file.read_bytes()
-    output = runs.run("mini", run_dir, *runs.SMALL)
+    output = runs.run("mini", run_dir, *SMALL)
     assert str(file.relative_to(run_dir)) in output and "set aside as" in output
     assert broken in [kept.read_bytes() for kept in (run_dir / "damaged").rglob("*") if kept.is_file()]
     assert outcome(run_dir) == outcome(whole[0])
@@ -225,7 +227,7 @@ def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: tuple[Path, floa
         "checkpoint": ("round-01/student", "**/train/step-*/meta.json"),
         "generations": ("round-01/rationales", "generations/done/*.parquet"),
     }[what]
-    process = runs.start("mini", run_dir, *runs.SMALL, "student.checkpoint_steps=10")
+    process = runs.start("mini", run_dir, *SMALL)
     while not (found := list((run_dir / stage / "resume").glob(sign))):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -235,7 +237,7 @@ def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: tuple[Path, floa
         for one in file.parent.iterdir() if what == "checkpoint" else [file]:
             if one.is_file():
                 cut(one)
-    output = runs.run("mini", run_dir, *runs.SMALL, "student.checkpoint_steps=10")
+    output = runs.run("mini", run_dir, *SMALL)
     assert "set aside as" in output
     assert outcome(run_dir) == outcome(whole[0])
     note(f"cut: {what}", 1)
@@ -255,7 +257,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_clearly_and_room_lets_it_go_on(whole: tuple[Path, float], small_disk: Path) -> None:
     run_dir, stops = small_disk / "run", 0
     for size in range(4, 40, 2):
-        process = runs.start("mini", run_dir, *runs.SMALL)
+        process = runs.start("mini", run_dir, *SMALL)
         output, _ = process.communicate(timeout=600)
         if not process.returncode:
             break
@@ -270,7 +272,7 @@ def test_a_store_that_fails_now_and_then_and_then_for_good(whole: tuple[Path, fl
     address, state = flaky_s3
     uri = f"s3://runs/flaky?endpoint_override={address}&scheme=http&region=us-east-1"
     state["share"] = 0.1
-    process = runs.start("mini", uri, *runs.SMALL)
+    process = runs.start("mini", uri, *SMALL)
     while state["writes"] < 60:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -278,7 +280,7 @@ def test_a_store_that_fails_now_and_then_and_then_for_good(whole: tuple[Path, fl
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 1, output
     state["share"] = 0.1
-    output = runs.run("mini", uri, *runs.SMALL)
+    output = runs.run("mini", uri, *SMALL)
     assert "best round" in output
     note("store failing", state["failed"])
 
@@ -325,7 +327,7 @@ def test_a_node_dies_in_every_stage(whole: tuple[Path, float], tmp_path: Path) -
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     run_dir, watch = tmp_path / "run", Watch(tmp_path / "run", tmp_path / "kept")
     try:
-        process = runs.start("mini", run_dir, *runs.SMALL, environment={"RAY_ADDRESS": cluster.address})
+        process = runs.start("mini", run_dir, *SMALL, environment={"RAY_ADDRESS": cluster.address})
         for stage in ("round-00/rationales", *(f"round-01/{stage}" for stage in STAGES)):
             while not any((run_dir / stage).glob("try-*")):
                 assert process.poll() is None, process.communicate()[0]
@@ -365,7 +367,7 @@ def test_a_thousand_poison_rows(tmp_path: Path) -> None:
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_dir = tmp_path / "run"
     sets = ("data.train=gsm8k/train", f"data.dir={data.parent}", "data.train_limit=1040", "data.clean=off", "rounds=0")
-    output = runs.run("mini", run_dir, *runs.SMALL, *sets, "teacher.engine.max_errors=1.0", "lessons.keep_wrong=true")
+    output = runs.run("mini", run_dir, *SMALL, *sets, "teacher.engine.max_errors=1.0", "lessons.keep_wrong=true")
     manifest = json.loads((run_dir / "round-00/rationales/manifest.json").read_text())
     assert manifest["rows"] == len({row["id"] for row in runs.rows(run_dir, "round-00/rationales")}) >= 1050, output
     assert manifest["figures"]["engine_errors"] > 100 and list((run_dir / "quarantine").rglob("*.parquet"))
@@ -376,7 +378,7 @@ def test_thirty_rounds_stay_flat(tmp_path: Path) -> None:
     """Memory of the driver, its open files and threads, what Ray's object store holds, and temporary files."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    sets = (*runs.SMALL, "rounds=30", "stop.patience=99", "data.train_limit=20", "student.tokens=600")
+    sets = (*SMALL, "rounds=30", "stop.patience=99", "data.train_limit=20", "student.tokens=600")
     process = runs.start("mini", tmp_path / "run", *sets, environment={"TMPDIR": str(temporary)})
     driver, looks = psutil.Process(process.pid), list[dict[str, float]]()
     output: list[str] = []
@@ -412,7 +414,7 @@ def test_a_head_that_is_started_again_goes_on_with_the_job_submitted_again(whole
     import head
 
     run_dir = tmp_path / "run"
-    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *runs.sets(*runs.SMALL))
+    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *runs.sets(*SMALL))
     with head.started() as cluster:
         cluster.submit(*command, options=("--no-wait",))
         while not any(run_dir.glob("round-01/rationales/try-*")):
