@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -296,7 +297,7 @@ def flaky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, A
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     state: dict[str, Any] = {"share": 0.0, "writes": 0, "failed": 0}
-    application, draw = DomainDispatcherApplication(create_backend_app, service="s3"), random.Random(0)
+    application, draw = DomainDispatcherApplication(create_backend_app), random.Random(0)
 
     def flaky(environ: Any, start: Any) -> Any:
         if environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE"):
@@ -366,18 +367,19 @@ def test_a_thousand_poison_rows(tmp_path: Path) -> None:
     for name in ("train", "test"):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_dir = tmp_path / "run"
-    sets = ("data.train=gsm8k/train", f"data.dir={data.parent}", "data.train_limit=1040", "data.clean=off", "rounds=0")
-    output = runs.run("mini", run_dir, *SMALL, *sets, "teacher.engine.max_errors=1.0", "lessons.keep_wrong=true")
+    sets = ("data.train=gsm8k/train", f"data.dir={data.parent}", "data.train_limit=1040", "data.clean=exact", "rounds=0")
+    broken = ("teacher.engine.max_errors=1.0", "student.engine.max_errors=1.0")
+    output = runs.run("mini", run_dir, *SMALL, *sets, *broken, "lessons.keep_wrong=true")
     manifest = json.loads((run_dir / "round-00/rationales/manifest.json").read_text())
     assert manifest["rows"] == len({row["id"] for row in runs.rows(run_dir, "round-00/rationales")}) >= 1050, output
     assert manifest["figures"]["engine_errors"] > 100 and list((run_dir / "quarantine").rglob("*.parquet"))
     note("poison rows", 1000)
 
 
-def test_thirty_rounds_stay_flat(tmp_path: Path) -> None:
+def test_thirty_rounds_stay_flat(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Memory of the driver, its open files and threads, what Ray's object store holds, and temporary files."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))  # short: Ray's sockets lie there
+    request.addfinalizer(lambda: shutil.rmtree(temporary, ignore_errors=True))
     sets = (*SMALL, "rounds=30", "stop.patience=99", "data.train_limit=20", "student.tokens=600")
     process = runs.start("mini", tmp_path / "run", *sets, environment={"TMPDIR": str(temporary)})
     driver, looks = psutil.Process(process.pid), list[dict[str, float]]()
