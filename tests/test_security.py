@@ -494,10 +494,10 @@ def test_a_planted_secret_is_nowhere_in_what_a_run_writes(whole: Whole) -> None:
 
 
 def test_a_run_listens_on_this_machine_alone(whole: Whole) -> None:
-    """But for the rendezvous of torch's training workers, which neither Ray nor torch lets be bound to an address."""
     assert {name for name, _ in whole.ports} >= {"gcs_server", "raylet"}
+    assert any("RayTrainWorker" in name or "_setup_torch" in name for name, _ in whole.ports), "the rendezvous was not seen"
     outside = {name for name, address in whole.ports if address.removeprefix("::ffff:") not in ("127.0.0.1", "::1")}
-    assert outside <= {"ray::RayTrainWorker", "ray::execute._setup_torch_process_group"}
+    assert not outside
 
 
 def test_nobody_joins_a_run_without_its_token(whole: Whole) -> None:

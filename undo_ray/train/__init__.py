@@ -76,8 +76,9 @@ def _tokens(lessons: Dataset, start: str, recipe: Recipe, state: Place) -> tuple
 def _train(start: str, recipe: Recipe, out: Stage, state: Place, packed: Place, plan: dict[str, Any]) -> dict[str, Any]:
     """Run the workers to their end; what worker 0 reports."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from undo_ray.train.rendezvous import Inward
     from undo_ray.train.worker import Job, work
 
     spec, kept = recipe.student, state / "train"
@@ -89,7 +90,7 @@ def _train(start: str, recipe: Recipe, out: Stage, state: Place, packed: Place, 
         trainer = TorchTrainer(
             work,
             train_loop_config={"job": job},
-            torch_config=TorchConfig(backend="nccl" if spec.resources.gpus else "gloo"),
+            torch_config=Inward(backend="nccl" if spec.resources.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=spec.workers, use_gpu=spec.resources.gpus > 0, resources_per_worker=resources
             ),
