@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import sys
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ def _inward() -> None:
     from torch.distributed import TCPStore
 
     def store(host_name: str, port: int, *, is_master: bool, **options: Any) -> Any:
-        if is_master and ipaddress.ip_address(socket.gethostbyname(host_name)).is_loopback:
+        if is_master and host_name == "127.0.0.1":
             options["master_listen_fd"] = socket.create_server((host_name, port)).detach()
         return TCPStore(host_name, port, is_master=is_master, **options)
 
