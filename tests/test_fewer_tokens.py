@@ -98,6 +98,7 @@ def test_hinted_lessons_are_marked_and_counted(failed: Path) -> None:
     assert all(row["solution"] for row in by_id(failed, "problems").values())
 
 
+@pytest.mark.slow
 def test_a_run_with_another_student_takes_what_the_teacher_wrote_for_the_first(failed: Path) -> None:
     again = failed.parent / "again"
     runs.run("mini", again, *SMALL, "student.tokens=2000", *ASKING, "rounds=0")
@@ -112,6 +113,7 @@ def test_a_run_with_another_student_takes_what_the_teacher_wrote_for_the_first(f
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_only_questions_with_a_low_pass_rate_are_explained_again(tmp_path: Path) -> None:
     sampled = (
         "teacher.samples=2",

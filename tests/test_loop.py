@@ -200,6 +200,7 @@ def test_no_accepted_rationale_ends_in_order_with_exit_code_3(
     assert len(runs.rows(tmp_path / "run", "round-00/rationales")) == 65, "what was computed stays"
 
 
+@pytest.mark.slow
 def test_two_rounds_on_gsm8k_with_vllm_resume_after_a_kill(data_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     sets = overrides(data_dir, make_models(data_dir, tmp_path / "models", "llama"), "vllm")

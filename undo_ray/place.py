@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,11 +110,16 @@ class Place:
         self.fs.create_dir(os.path.dirname(self.path), recursive=True)
         if isinstance(self.fs, pafs.LocalFileSystem):
             part = f"{self.path}.{uuid.uuid4().hex[:8]}.part"
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path)
+            try:
+                with open(part, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, self.path)
+            except BaseException:  # on a full disk what is left of every try would be there for ever
+                with suppress(OSError):
+                    os.unlink(part)
+                raise
         else:
             with self.fs.open_output_stream(self.path) as stream:
                 stream.write(data)

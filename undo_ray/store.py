@@ -221,10 +221,11 @@ class Step:
 
     def _do(self, fn: Callable[..., None], args: Sequence[Any], stage: Stage) -> None:
         try:
-            fn(*args, out=stage)
-        except Damaged as error:
-            self.run.set_aside(Place(error.place), str(error))
-            fn(*args, out=stage)
+            try:
+                fn(*args, out=stage)
+            except Damaged as error:
+                self.run.set_aside(Place(error.place), str(error))
+                fn(*args, out=stage)
         except Exception as error:
             if FULL not in str(error):  # whichever process it was that could not write, and however Ray wrapped it
                 raise

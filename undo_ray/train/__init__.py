@@ -84,6 +84,12 @@ def _train(start: str, recipe: Recipe, out: Stage, state: Place, packed: Place, 
     spec, kept = recipe.student, state / "train"
     resources = {"CPU": spec.resources.cpus, **({"GPU": spec.resources.gpus} if spec.resources.gpus else {})}
     (state / "failure.json").remove()  # of an earlier start: what it asked for may be mended
+    known = kept / "train/checkpoint_manager_snapshot.json"  # Ray Train writes it in place: a kill or a full disk can cut it
+    if known.exists():
+        try:
+            known.read_json(REMEDY)
+        except UserError as error:
+            raise Damaged(f"{known.uri}: Ray Train's list of checkpoints cannot be read", kept.uri) from error
     follow = out.progress.tracker.following(f"round-{out.round:02d}") if out.progress.tracker else nullcontext()
     with follow as curves:
         job = Job(start, recipe.seed, spec, packed, plan, out.model, state, out.progress.board, curves)
