@@ -258,7 +258,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_stops_clearly_and_room_lets_it_go_on(whole: tuple[Path, float], small_disk: Path) -> None:
     run_dir, stops = small_disk / "run", 0
-    for size in range(4, 40, 2):
+    for size in (4, 8, 16, 32, 64):
         process = runs.start("mini", run_dir, *SMALL)
         output, _ = process.communicate(timeout=600)
         if not process.returncode:
