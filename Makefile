@@ -1,7 +1,7 @@
 # make demo      set up .venv with what the demo needs and run the loop on the miniature world
 # make test      set up .venv with everything and run the tests
-# make test-faults   kills and failures at every place of small runs: 45 minutes, not part of make test
-# make test-slow     whole runs that repeat in full what make test holds in parts: 8 minutes
+# make test-faults   kills and failures at every place of small runs: about an hour, not part of make test
+# make test-slow     whole runs that repeat in full what make test holds in parts: about a quarter of an hour
 # make install   that set-up alone
 # make lint      ruff check, ruff format --check, mypy
 # make lock      resolve requirements/gpu.lock anew         make lock-check   does it still resolve?
