@@ -233,8 +233,10 @@ def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: tuple[Path, floa
     while not (found := list((run_dir / stage / "resume").glob(sign))):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
+    under = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
+    psutil.wait_procs(under, timeout=60)  # what outlives its driver for a moment may write once more
     for file in found:
         for one in file.parent.iterdir() if what == "checkpoint" else [file]:
             if one.is_file():
