@@ -221,12 +221,11 @@ def test_a_cut_file_is_set_aside_and_made_again(whole: tuple[Path, float], tmp_p
     note(f"cut: {pattern}", 1)
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "list of checkpoints", "generations"])
+@pytest.mark.parametrize("what", ["checkpoint", "generations"])
 def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: tuple[Path, float], tmp_path: Path, what: str) -> None:
     run_dir = tmp_path / "run"
     stage, sign = {
         "checkpoint": ("round-01/student", "**/train/step-*/meta.json"),
-        "list of checkpoints": ("round-01/student", "**/train/checkpoint_manager_snapshot.json"),
         "generations": ("round-01/rationales", "generations/done/*.parquet"),
     }[what]
     process = runs.start("mini", run_dir, *SMALL)
