@@ -131,6 +131,12 @@ def test_what_a_run_directory_says_cannot_name_code_to_vllm(held: Run) -> None:
     assert serve.served(engine, serve.Asked()).kwargs == {"max_num_seqs": 7}
 
 
+def test_what_ran_over_several_nodes_is_served_on_one(held: Run) -> None:
+    split = {"kind": "vllm", "tensor_parallel": 2, "nodes": 2}
+    engine = serve.served(serve.find(held.place.uri).engine.model_copy(update=split), serve.Asked())
+    assert (engine.nodes, engine.tensor_parallel) == (1, 2)
+
+
 def cli(code: str, *arguments: str) -> tuple[int, str]:
     """Exit code and stderr of the command line in a process that runs `code` first."""
     program = f"import sys\n{code}\nfrom undo_ray.cli import main\nsys.exit(main({list(arguments)!r}))"

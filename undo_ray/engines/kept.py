@@ -57,7 +57,7 @@ def _where(engine: Engine) -> tuple[dict[str, Any], Any]:
     return {"num_cpus": share, "num_gpus": 0, "scheduling_strategy": inside}, group
 
 
-def everywhere(model: Callable[[], str]) -> str:
+def _everywhere(model: Callable[[], str]) -> str:
     """The directory that `model()` gives, once every node of this process's placement group has it: workers open it there."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -113,9 +113,9 @@ class Host:
         from undo_ray.engines import local
 
         if self._local is not None:
-            return self._local.backend.load(everywhere(model))
+            return self._local.backend.load(_everywhere(model))
         try:
-            self._local = local(partial(everywhere, model), self._engine, self._sampling, self._trust)
+            self._local = local(partial(_everywhere, model), self._engine, self._sampling, self._trust)
         except UserError:
             raise
         except Exception as error:

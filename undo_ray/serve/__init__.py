@@ -129,13 +129,13 @@ def served(engine: Engine, asked: Asked) -> Engine:
     could name code or weights to load."""
     kind = asked.engine or engine.kind
     kwargs = {name: value for name, value in engine.kwargs.items() if name in MEMORY_KNOBS} if kind == "vllm" else {}
-    update: dict[str, Any] = {"kind": kind, "kwargs": kwargs}
+    update: dict[str, Any] = {"kind": kind, "kwargs": kwargs, "nodes": 1}  # a replica of Ray Serve lies on one
     if kind == "transformers":
-        update |= {"tensor_parallel": 1, "pipeline_parallel": 1, "nodes": 1}
+        update |= {"tensor_parallel": 1, "pipeline_parallel": 1}
     if asked.gpus is not None:
         parts = max(1, asked.gpus) if kind == "vllm" else 1
         resources = engine.resources.model_copy(update={"gpus": asked.gpus})
-        update |= {"resources": resources, "tensor_parallel": parts, "pipeline_parallel": 1, "nodes": 1}
+        update |= {"resources": resources, "tensor_parallel": parts, "pipeline_parallel": 1}
     return engine.model_copy(update=update)
 
 
