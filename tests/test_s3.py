@@ -57,6 +57,8 @@ def test_a_driver_knows_a_model_behind_a_uri_without_its_weights(
     Place(uri).upload(directory)
     known = models.check(uri, 0, "student.model")
     assert known == models.check(directory, 0, "student.model"), "the same model, wherever it lies"
+    light = models.local(uri, 0, weights=False)
+    assert models.tokenizer(light, False)("a few words") == models.tokenizer(directory, False)("a few words")
     assert not list(tmp_path.glob("cache/**/*.safetensors"))
     assert Path(models.local(uri, 0), "model.safetensors").read_bytes() == Path(directory, "model.safetensors").read_bytes()
     weights = Place(uri) / "model.safetensors"

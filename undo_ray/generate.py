@@ -61,14 +61,15 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
 
     _resumed(out)
     k, spec, feedback = out.round, recipe.teacher, recipe.gap.feedback
+    cases: tuple[Case, ...] = ()
     shown_ref = permuted_ref = None
     parse: Parse = prompts.parse_solve
     if k and feedback != "none":
-        shown_ref = ray.remote(_shown).options(num_cpus=0.5).remote(gap_ref, recipe, k)
+        cases = _shown(ray.get(gap_ref), recipe, k)
+        shown_ref = ray.put(cases)
         permuted_ref = _permuted(rows, recipe, k) if feedback == "shuffled" else None
         parse = prompts.TEMPLATES[spec.template].parse
     # Of the shown examples the teacher has read every word, answers included.
-    cases = ray.get(shown_ref) if shown_ref is not None else ()
     read = [text for case in cases for text in (case.question, *(answer for _, answer in case.before), case.student) if text]
     held_ref = ray.put(np.union1d(held(out.ledger), clean.hashes(read))) if recipe.data.clean == "ngram" else None
     asks: Callable[[Row], bool] = partial(_asked, k=k, recipe=recipe)
@@ -179,7 +180,7 @@ def _counter(recipe: Recipe) -> tuple[Callable[[str], float], int | None]:
     spec = recipe.teacher
     if spec.engine.remote:
         return lambda text: len(text.encode()) / BYTES_PER_TOKEN, spec.engine.context
-    directory, trust = models.local(spec.model, recipe.seed), spec.trust_remote_code
+    directory, trust = models.local(spec.model, recipe.seed, weights=False), spec.trust_remote_code
     tokenizer = models.tokenizer(directory, trust)
     context = spec.engine.context or models.config(directory, trust).max_position_embeddings
     return lambda text: len(tokenizer(text)["input_ids"]), context
@@ -193,7 +194,7 @@ def _prefix(recipe: Recipe, render: engines.Render) -> int | None:
     spec = recipe.teacher
     if spec.engine.remote:
         return None
-    tokenizer = models.tokenizer(models.local(spec.model, recipe.seed), spec.trust_remote_code)
+    tokenizer = models.tokenizer(models.local(spec.model, recipe.seed, weights=False), spec.trust_remote_code)
     task = tasks.parse_source(recipe.data.train, TRAIN)[0].reference
     rows = [{"id": "", "task": task, "question": text, "choices": None, "history": None} for text in ("A", "7")]
     first, other = (engines.prompt_ids(tokenizer, render(row) or [], **spec.engine.chat_template_kwargs) for row in rows)

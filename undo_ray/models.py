@@ -24,18 +24,20 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
-def local(ref: str, seed: int) -> str:
-    """A directory on this node's disk that holds the model; downloads once per node, under a lock.
+def local(ref: str, seed: int, weights: bool = True) -> str:
+    """A directory on this node's disk that holds the model; downloads once per node, under a lock. `weights` False: what is
+    only asked for its tokenizer or configuration is downloaded without them, since the node may have no room.
 
     Raises UserError when the reference leads to nothing that looks like a model (config.json and safetensors weights).
     """
     if _MADE.fullmatch(ref):
         directory = _make(ref, seed)
     elif "://" in ref:
-        directory = _download(ref)
+        directory = _download(ref, weights)
     else:
-        directory = _hub(ref, _FILES) if _is_hub(ref) else ref
-    _looked_at(ref, os.listdir(directory) if os.path.isdir(directory) else ())
+        directory = _hub(ref, _FILES if weights else _FILES[1:]) if _is_hub(ref) else ref
+    if weights:
+        _looked_at(ref, os.listdir(directory) if os.path.isdir(directory) else ())
     return directory
 
 
@@ -96,7 +98,7 @@ def _fingerprint(ref: str, seed: int, trust: bool) -> str:
             place.download(directory, without=".safetensors")
             _speaks(ref, directory, trust)
         return _weights_hash(place, trust)
-    directory = _hub(ref, _FILES[1:]) if _is_hub(ref) else local(ref, seed)
+    directory = local(ref, seed, weights=not _is_hub(ref))
     _speaks(ref, directory, trust)
     return os.path.basename(directory) if _is_hub(ref) else _weights_hash(Place(directory), trust)
 
@@ -141,17 +143,17 @@ def _make(ref: str, seed: int) -> str:
         raise UserError(f"model {ref}: {error}; write it as package.module:function") from None
 
 
-def _download(uri: str) -> str:
+def _download(uri: str, weights: bool) -> str:
     from filelock import FileLock
 
-    target = cache() / "models" / hashlib.sha256(uri.encode()).hexdigest()[:24]
+    target = cache() / "models" / f"{hashlib.sha256(uri.encode()).hexdigest()[:24]}{'' if weights else '-light'}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / ".complete").exists():
             place = Place(uri)
             _looked_at(uri, place.names())
             target.mkdir(exist_ok=True)
-            place.download(str(target))
+            place.download(str(target), without=None if weights else ".safetensors")
             (target / ".complete").touch()
     return str(target)
 

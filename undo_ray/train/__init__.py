@@ -15,6 +15,7 @@ hash of what it is made of: the same command goes on from there, another lesson 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from undo_ray import models
@@ -56,7 +57,7 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
         plan = ray.get(task.remote(state / "tokens", spec, recipe.seed, packed))
     report = _train(start, recipe, out, state, packed, plan)
     probe = report.pop("probe")
-    if spec.engine.kind == "vllm":
+    if spec.engine.kind == "vllm" and spec.engine.nodes == 1:  # the check is one task
         _check_in_vllm(out.model.uri, recipe, probe)
     gpus = spec.workers * spec.resources.gpus
     out.note(**figures, **plan, **report, sharding=spec.sharding, workers=spec.workers, gpus=gpus)
@@ -143,5 +144,5 @@ def _check_in_vllm(uri: str, recipe: Recipe, probe: dict[str, Any]) -> None:
 
     engine, checked = recipe.student.engine, (probe["ids"], probe["logprobs"], recipe.student.trust_remote_code)
     task = ray.remote(vllm_differs).options(num_cpus=engine.resources.cpus, num_gpus=engine.resources.gpus, max_retries=0)
-    if wrong := ray.get(task.remote(models.local(uri, recipe.seed), engine, *checked)):
+    if wrong := ray.get(task.remote(partial(models.local, uri, recipe.seed), engine, *checked)):
         raise RuntimeError(f"the exported student is not the trained one: {wrong}")

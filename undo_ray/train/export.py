@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,8 +52,11 @@ def differs(directory: str, ids: list[int], trained: Tensor, exact: bool, trust:
     return f"transformers loads another model: log-probabilities on a lesson differ by {found:.2g} (limit {limit:g})"
 
 
-def vllm_differs(directory: str, engine: Engine, ids: list[int], trained: list[float], trust: bool) -> str | None:
-    """The same through vLLM, run as a task where the student's engine runs: log-probability of each token of `ids[1:]`."""
+def vllm_differs(model: Callable[[], str], engine: Engine, ids: list[int], trained: list[float], trust: bool) -> str | None:
+    """The same through vLLM, run as a task where the student's engine runs: log-probability of each token of `ids[1:]`.
+
+    `model()` gives the directory, on the task's node.
+    """
     # Before vLLM is imported. In this process, and on CPUs with 1 GiB of cache and unbound threads, as undo_ray.engines has it.
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in variables.items():
@@ -65,7 +69,7 @@ def vllm_differs(directory: str, engine: Engine, ids: list[int], trained: list[f
         options |= {"distributed_executor_backend": "uni", "enable_chunked_prefill": False}
         options["max_num_batched_tokens"] = max(room, 8192)
     options |= {"load_format": "safetensors", **engine.kwargs, "trust_remote_code": trust}
-    llm = vllm.LLM(model=directory, dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
+    llm = vllm.LLM(model=model(), dtype=engine.dtype, tensor_parallel_size=engine.tensor_parallel, **options)
     [output] = llm.generate([{"prompt_token_ids": ids}], vllm.SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     loaded = [found[token].logprob for token, found in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)]
     apart = sum(abs(a - b) for a, b in zip(trained, loaded, strict=True)) / len(loaded)

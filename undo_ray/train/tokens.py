@@ -65,12 +65,12 @@ def tokenise(lessons: Dataset, start: str, recipe: Recipe, place: Place) -> dict
     return {
         "chats": kept,
         "too_long": total - kept,
-        "sample": _shown(row, models.tokenizer(models.local(start, recipe.seed), trust)),
+        "sample": _shown(row, models.tokenizer(models.local(start, recipe.seed, weights=False), trust)),
     }
 
 
 def _tokens_of(table: pa.Table, start: str, seed: int, trust: bool, max_length: int, template: dict[str, Any]) -> pa.Table:
-    tokenizer = models.tokenizer(models.local(start, seed), trust)
+    tokenizer = models.tokenizer(models.local(start, seed, weights=False), trust)
     rows = []
     for row in table.to_pylist():
         name = {"id": row["id"], "round": row["round"]}
