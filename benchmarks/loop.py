@@ -6,7 +6,8 @@ Each run is `mini.toml` with one round after round 0 and training long enough fo
 command again. Each figure is the median of `--runs`, with the lowest and the highest.
 
     R6_rerun     seconds of the second call ÷ of the first
-    R8_overhead  (seconds of round 1 - those in which the engines had rows - those of training's steps) ÷ seconds of round 1
+    R8_overhead  (seconds of round 1 - those in which the engines had rows - those of training's steps) ÷ seconds of round 1;
+                 beside_STAGE are the seconds of each stage that it counts
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from figures import tell
 from undo_ray.types import unix_time
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = ("rounds=1", "student.tokens=1_800_000", "data.tests=[]")
+LONG = ("rounds=1", "student.tokens=2_400_000", "data.tests=[]")
 
 
 def seconds(run_dir: Path) -> float:
@@ -35,13 +36,15 @@ def seconds(run_dir: Path) -> float:
     return time.monotonic() - begun
 
 
-def overhead(run_dir: Path) -> tuple[float, float]:
-    """(seconds of round 1, share of them without engine or training)."""
+def of_round(run_dir: Path) -> dict[str, float]:
+    """Figures of round 1."""
     first, second = (json.loads((run_dir / f"round-0{k}/record.json").read_text()) for k in (0, 1))
-    begun, ended = (unix_time(record["finished"]) for record in (first, second))
+    wall = unix_time(second["finished"]) - unix_time(first["finished"])
     replicas = json.loads((run_dir / "recipe.json").read_text())["recipe"]["teacher"]["engine"]["replicas"]  # the student's too
-    at_work = sum(second["engine_seconds"].values()) / replicas + second["training"]["loop_seconds"]
-    return ended - begun, 1 - at_work / (ended - begun)
+    at_work = {stage: seconds / replicas for stage, seconds in second["engine_seconds"].items()}
+    at_work["student"] = second["training"]["loop_seconds"]
+    beside = {f"beside_{stage}": seconds - at_work.get(stage, 0.0) for stage, seconds in second["seconds"].items()}
+    return {"R8_overhead": 1 - sum(at_work.values()) / wall, "round_seconds": wall, **beside}
 
 
 def main() -> None:
@@ -49,15 +52,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found: dict[str, list[float]] = {"R6_rerun": [], "R8_overhead": [], "round_seconds": []}
+    found: dict[str, list[float]] = {}
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as home:
             cold = seconds(Path(home) / "run")
-            found["R6_rerun"].append(seconds(Path(home) / "run") / cold)
-            wall, share = overhead(Path(home) / "run")
-            found["R8_overhead"].append(share)
-            found["round_seconds"].append(wall)
-        print(*(f"{key} {values[-1]:.3g}" for key, values in found.items()), file=sys.stderr, flush=True)
+            figures = {"R6_rerun": seconds(Path(home) / "run") / cold, **of_round(Path(home) / "run")}
+        for key, value in figures.items():
+            found.setdefault(key, []).append(value)
+        print(*(f"{key} {value:.3g}" for key, value in figures.items()), file=sys.stderr, flush=True)
     tell(found, options.json)
 
 

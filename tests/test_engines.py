@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,43 @@ def test_an_answer_cut_short_says_so_and_an_ended_one_too() -> None:
     [whole] = answers(Transformers(teacher, Engine(), Sampling(max_tokens=96)), prompts, [0])
     assert (short.finish_reason, len(short.token_ids)) == ("length", 5)
     assert whole.finish_reason == "stop" and whole.token_ids[:5] == short.token_ids
+
+
+def test_an_answer_ends_with_the_turn_where_a_base_model_names_another_end(tmp_path: Path) -> None:
+    """As Qwen2.5's base models do. The model here says the end of the turn whatever it is asked."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from undo_ray import models
+    from undo_ray.engines.hf import Transformers
+    from undo_ray.train import export
+
+    base = tiny.make(tmp_path / "base", "llama", [SHARED])
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    turn, text = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    tokenizer.eos_token = "<|endoftext|>"
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[turn] = 1.0
+    model.generation_config = GenerationConfig(eos_token_id=text)
+    for part in (tokenizer, model):
+        part.save_pretrained(base)
+    export.write(model.state_dict(), base, str(tmp_path / "student"))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert set(student.generation_config.eos_token_id) == {text, turn}
+    prompts, backends = chats(base, QUESTIONS), [Transformers]
+    if importlib.util.find_spec("vllm"):
+        from undo_ray.engines.vllm import VLLM
+
+        backends.append(VLLM)
+    for backend in backends:
+        for completion in answers(backend(base, Engine(context=512), Sampling(max_tokens=8)), prompts, [0] * len(prompts)):
+            assert (completion.token_ids, completion.finish_reason) == ([turn], "stop")
+    assert models.turn_end(AutoTokenizer.from_pretrained(mini.teacher(0))) == 2, "its end of text is the end of its turns"
 
 
 def test_a_stop_string_ends_an_answer_and_is_no_part_of_it() -> None:

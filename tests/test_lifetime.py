@@ -118,6 +118,20 @@ def test_kept_engines_serve_stage_after_stage_with_the_weights_of_each(
         time.sleep(0.1)
 
 
+def test_every_pool_of_a_stage_has_all_engines_that_are_kept(cluster: None, models: list[str], tmp_path: Path) -> None:
+    """A stage that asks again, of what is left, has one pool after another."""
+    held, at_work = kept.Held(), list[list[float]]()
+    for wave in range(3):
+        job = work(models[0], tmp_path / "stage", replicas=2, lifetime="run", resources=Placement(cpus=0.5))
+        job = dataclasses.replace(job, sampling=Sampling(max_tokens=200), seeds=lambda row, wave=wave: [wave])
+        before = {pid: sum(psutil.Process(pid).cpu_times()[:2]) for pid in named("Host")}
+        texts(job, held)
+        at_work.append([sum(psutil.Process(pid).cpu_times()[:2]) - before.get(pid, 0.0) for pid in named("Host")])
+    kept.release(held)
+    for seconds in at_work[1:]:
+        assert len(seconds) == 2 and min(seconds) > 0.25 * max(seconds), at_work
+
+
 def test_where_weights_cannot_be_exchanged_a_kept_engine_starts_anew(cluster: None, tmp_path: Path) -> None:
     """vLLM's CPU build with tied embeddings, where exchanging them would leave the old head."""
     pytest.importorskip("vllm")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -229,11 +231,18 @@ MINI = (
 
 
 def test_a_run_killed_in_every_stage_of_round_1_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    runs.run("mini", tmp_path / "whole", *MINI)
+    impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "1"}  # as for a cluster whose nodes take half an hour to come
+    runs.finish(runs.start("mini", tmp_path / "whole", *MINI, environment=impatient))
     killed = tmp_path / "killed"
+    process = runs.start("mini", killed, *MINI)
+    while not any(killed.glob("round-00/student/resume/*/train/train/*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # Ctrl-C in training, which Ray Train would have for itself
+    assert "stopped; the same command goes on from the last committed stage" in runs.finish(process, code=130)
     stages = ("attempts", "rationales", "lessons", "student", "measure")
     for stage in stages:
         runs.kill_in(runs.start("mini", killed, *MINI), killed / "round-01" / stage)
     runs.run("mini", killed, *MINI)
     assert runs.timeless(runs.report(killed)) == runs.timeless(runs.report(tmp_path / "whole"))
-    assert runs.report(killed)["resumes"] == len(stages)
+    assert runs.report(killed)["resumes"] == 1 + len(stages)

@@ -60,6 +60,19 @@ def test_kept_engines_lie_beside_every_stage() -> None:
     assert all(holds(ask, 2 * node) for ask in placement.asked(kept))
 
 
+def test_a_kept_student_leaves_room_for_the_check_of_an_export() -> None:
+    kept = recipe(
+        {"resources": {"cpus": 2, "gpus": 1}},
+        {"lifetime": "run", "replicas": 2, "resources": {"cpus": 1, "gpus": 1}},
+        {"resources": {"cpus": 2}},  # trained without GPUs, so that no worker leaves one
+    )
+    wanting = [ask.note for ask in placement.asked(kept) if not holds(ask, [Kind("gpu", (2.0, 16.0), 1)])]
+    assert wanting[-1].endswith("to check an export")
+    assert all(holds(ask, [Kind("gpu", (3.0, 16.0), 1)]) for ask in placement.asked(kept))
+    [alone] = placement.asked(kept, ("student.engine",))
+    assert holds(alone, [Kind("gpu", (2.0, 16.0), 1)]), "an evaluation trains nothing"
+
+
 def test_an_engine_over_two_nodes_wants_half_of_its_gpus_on_each() -> None:
     wide = {"lifetime": "run", "tensor_parallel": 8, "pipeline_parallel": 2, "nodes": 2, "resources": {"cpus": 8, "gpus": 16}}
     asks = placement.asked(recipe(wide, {"resources": {"gpus": 1}}, {"resources": {"gpus": 1}}))

@@ -48,6 +48,20 @@ def test_two_rounds_go_through_on_s3_and_the_same_command_again_says_they_are_do
     } == before
 
 
+def test_an_object_that_s3_does_not_copy_by_itself_is_moved(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("undo_ray.place.LARGEST_COPY", 10)
+    folder = Place(f"s3://runs/large?endpoint_override={s3}&scheme=http&region=us-east-1")
+    kept = {"part/large": bytes(range(256)) * 1000, "small": b"few"}
+    for name, data in kept.items():
+        (folder / name).write_bytes(data)
+    folder.move(there := folder.beside("moved"))
+    assert not folder.files() and {name: (there / name).read_bytes() for name in there.files()} == kept
+
+
+def test_a_hub_model_is_the_same_on_every_node() -> None:
+    assert models.located("org/student", "0f1e2d") == models.located("org/student@main", "0f1e2d") == "org/student@0f1e2d"
+
+
 def test_a_driver_knows_a_model_behind_a_uri_without_its_weights(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

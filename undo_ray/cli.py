@@ -169,7 +169,7 @@ def _pilot(recipe: config.Recipe, count: str, kind: str) -> dict[str, Any]:
     small = pilot.small(recipe, count)
     from undo_ray import loop, placement
 
-    small = loop.located(small)
+    small = loop.located(small, {})
     loop.start_ray(verbose=False)
     placement.check(placement.asked(small), partial(print, file=sys.stderr))
     return pilot.run(small, kind)

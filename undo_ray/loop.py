@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +110,7 @@ def evaluate(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         raise UserError("data.tests is empty: there is nothing to evaluate on; name tests in the recipe")
     with open_run(run_dir, recipe, checked(recipe, ("student",)), Progress()) as held:
         held.mend()
-        asks = [ask for ask in placement.asked(recipe) if ask.key == "student.engine"]
-        with working(recipe, held, asks, verbose) as recipe:
+        with working(recipe, held, placement.asked(recipe, ("student.engine",)), verbose) as recipe:
             held.once("problems", problems.prepare, recipe)
             found = {"model": recipe.student.model, "tests": measured(recipe, held)[1]}
         (held.place / "evaluation.json").write_json(found)
@@ -141,17 +140,19 @@ def working(recipe: Recipe, held: Run, asks: Sequence[placement.Ask], verbose: b
         start_ray(verbose)
         placement.check(asks, progress.say)
         progress.connect(held.place.uri)
-        yield located(recipe)
+        yield located(recipe, held.identity)
     finally:
         progress.tracker.close()
         release(held.engines)
 
 
-def located(recipe: Recipe) -> Recipe:
-    """The recipe with model directories as workers find them. The run's identity keeps them as they were written."""
+def located(recipe: Recipe, known: Mapping[str, Any]) -> Recipe:
+    """The recipe with its models as workers find them; the run's identity, `known`, has their fingerprints."""
     roles = ("student",) if recipe.teacher.engine.remote else ("teacher", "student")
-    parts = {role: getattr(recipe, role) for role in roles}
-    update = {role: part.model_copy(update={"model": models.located(part.model)}) for role, part in parts.items()}
+    update = {}
+    for role in roles:
+        part, fingerprint = getattr(recipe, role), known.get(f"weights of {role}.model")
+        update[role] = part.model_copy(update={"model": models.located(part.model, fingerprint)})
     return recipe.model_copy(update=update)
 
 
@@ -191,6 +192,9 @@ def start_ray(verbose: bool) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
     context.use_datasource_v2 = False  # Ray 2.60: it costs each stage 5 s more on two cores than the first reader
+    # Ray 2.60 ends a pipeline in which no block was finished for half an hour. Nodes that come, weights and long answers take
+    # longer, and engines have time-outs of their own (`start_seconds`, `stall_seconds`).
+    context.execution_no_progress_timeout_s = -1
     context.execution_options.preserve_order = True  # a stage that is run again makes the same batches
     for name in ("ray.data", "ray.train", "ray.tune"):
         # What fails there raises here as well: else its traceback comes twice, before the one line that matters.

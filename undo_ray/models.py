@@ -72,9 +72,37 @@ def weights(directory: str, trust: bool, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, use_safetensors=True, **options)
 
 
-def located(ref: str) -> str:
-    """The reference as workers can use it, whose working directory is another: a relative directory becomes absolute."""
+def located(ref: str, fingerprint: str | None) -> str:
+    """The reference as workers can use it: a relative directory becomes absolute, since their working directory is another, and
+    a hub model's name gets the commit that `check` found, so that a node that comes later has the same."""
+    if fingerprint and _is_hub(ref):
+        return f"{ref.partition('@')[0]}@{fingerprint}"
     return os.path.abspath(ref) if os.path.isdir(ref) else ref
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts after what the assistant says; None where there is none.
+
+    Of a base model it may be another than its end of text: Qwen2.5 ends turns with `<|im_end|>` and texts with `<|endoftext|>`.
+    """
+    said = "What the assistant says."
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(token for token, what in added.items() if what.special)}
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    _, found, rest = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(said)
+    for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if found else ():
+        if token in special:
+            return int(token)
+        if tokenizer.decode([token]).strip():
+            break
+    return None
+
+
+def ends(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens at which an answer ends: those the model names itself, and the one its chat template ends turns with."""
+    own = generation_config.eos_token_id or tokenizer.eos_token_id
+    found = {*(own if isinstance(own, list) else [own]), turn_end(tokenizer)} - {None}
+    return sorted(int(token) for token in found)
 
 
 def check(ref: str, seed: int, key: str, trust: bool = False) -> str:
@@ -95,7 +123,7 @@ def _fingerprint(ref: str, seed: int, trust: bool) -> str:
         place = Place(ref)
         _looked_at(ref, place.names())
         with tempfile.TemporaryDirectory() as directory:
-            place.download(directory, without=".safetensors")
+            place.download(directory, _FILES[1:])
             _speaks(ref, directory, trust)
         return _weights_hash(place, trust)
     directory = local(ref, seed, weights=not _is_hub(ref))
@@ -153,7 +181,7 @@ def _download(uri: str, weights: bool) -> str:
             place = Place(uri)
             _looked_at(uri, place.names())
             target.mkdir(exist_ok=True)
-            place.download(str(target), without=None if weights else ".safetensors")
+            place.download(str(target), _FILES if weights else _FILES[1:])
             (target / ".complete").touch()
     return str(target)
 

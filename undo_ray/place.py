@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,12 @@ from undo_ray.types import Row, UserError, unusable
 from undo_ray.written import secret_in
 
 Json = dict[str, Any]
+
+CHUNK = 16 << 20
+"""Bytes of one request when a file is copied."""
+
+LARGEST_COPY = 5 << 30
+"""Bytes of the largest object that S3 copies by itself."""
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -161,29 +169,34 @@ class Place:
 
     def move(self, to: Place) -> None:
         """Move the file or folder to another place on its file system, which must be free."""
-        files = self.files() if self.fs.get_file_info(self.path).type == pafs.FileType.Directory else [""]
-        for name in files:
+        info = self.fs.get_file_info(self.path)
+        files = self.files() if info.type == pafs.FileType.Directory else {"": info}
+        for name, info in files.items():
             there = f"{to.path}/{name}".rstrip("/")
             self.fs.create_dir(os.path.dirname(there), recursive=True)
-            self.fs.move(f"{self.path}/{name}".rstrip("/"), there)
+            if not isinstance(self.fs, pafs.LocalFileSystem) and info.size > LARGEST_COPY:
+                pafs.copy_files(info.path, there, source_filesystem=self.fs, destination_filesystem=self.fs, chunk_size=CHUNK)
+            else:
+                self.fs.move(info.path, there)
         self.remove()
 
     def upload(self, directory: str) -> None:
         """Copy a local directory here."""
         pafs.copy_files(directory, self.made().path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
 
-    def download(self, directory: str, without: str | None = None) -> None:
-        """Copy this folder to a local directory, but for files that end on `without`.
+    def download(self, directory: str, patterns: Sequence[str]) -> None:
+        """Copy the files below whose names match one of the patterns, as a hub matches them, to a local directory.
 
-        Raises UserError when a name in it leads out of it, as an object's may.
+        Raises UserError when a name leads out of this folder, as an object's may.
         """
-        names = list(self.files())
+        names = [name for name in self.files() if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if found := next((name for name in names if name.startswith("..")), None):
             raise UserError(f"{self.uri}: holds {found}, which would be written outside of the copy; take it away")
-        if without is None:
-            pafs.copy_files(self.path, directory, source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
-            return
-        for name in names:
-            if not name.endswith(without):
-                Path(directory, name).parent.mkdir(parents=True, exist_ok=True)
-                Path(directory, name).write_bytes((self / name).read_bytes())
+
+        def copy(name: str) -> None:
+            here, there = pafs.LocalFileSystem(), os.path.join(directory, name)
+            os.makedirs(os.path.dirname(there), exist_ok=True)
+            pafs.copy_files((self / name).path, there, source_filesystem=self.fs, destination_filesystem=here, chunk_size=CHUNK)
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(copy, names))

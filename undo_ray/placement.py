@@ -42,21 +42,29 @@ class Kind(NamedTuple):
     n: int
 
 
-def asked(recipe: Recipe) -> list[Ask]:
-    """What the stages of a run ask for, one after another. Engines that are kept lie beside all of them."""
-    pools = {"teacher.engine": recipe.teacher.engine, "student.engine": recipe.student.engine}
+POOLS = ("teacher.engine", "student.engine")
+
+
+def asked(recipe: Recipe, pools_of: Sequence[str] = POOLS) -> list[Ask]:
+    """What the stages of a run ask for, one after another; an evaluation has the student's engines alone (`pools_of`). Engines
+    that are kept lie beside all of them."""
+    pools: dict[str, Engine] = {key: getattr(recipe, key.partition(".")[0]).engine for key in pools_of}
     kept = {key: engine for key, engine in pools.items() if engine.lifetime == "run"}
     found = []
-    for key, count, each in (
-        *((key, (engine.min_replicas or engine.replicas) * engine.nodes, _part(engine)) for key, engine in pools.items()),
-        ("student.workers", recipe.student.workers, _shape(recipe.student.resources)),
-    ):
+    asks = [(key, (engine.min_replicas or engine.replicas) * engine.nodes, _part(engine)) for key, engine in pools.items()]
+    if pools_of == POOLS:
+        asks.append(("student.workers", recipe.student.workers, _shape(recipe.student.resources)))
+    for key, count, each in asks:
         others = [other for other in kept if other != key]
         beside = [_part(kept[other]) for other in others for _ in range(kept[other].replicas * kept[other].nodes)]
         beside += [(0.0, 1.0)] if key in pools else []  # what reads, grades and writes
         beside += [(0.0, RELAY_CPUS)] * (pools[key].replicas if key in kept else 0)
         note = f', beside {" and ".join(others)} (lifetime = "run")' if others else ""
         found.append(Ask(key, count, each, beside, note))
+    student = recipe.student.engine
+    if pools_of == POOLS and "student.engine" in kept and student.kind == "vllm" and student.nodes == 1:
+        beside = [_part(engine) for engine in kept.values() for _ in range(engine.replicas * engine.nodes)]
+        found.append(Ask("student.engine", 1, _part(student), beside, ", beside all engines that are kept, to check an export"))
     return found
 
 

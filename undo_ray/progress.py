@@ -29,6 +29,14 @@ ERRORS = 5
 """Of a run, that progress.json keeps."""
 
 
+def beside_the_driver() -> Any:
+    """Where an actor that asks for nothing belongs: another node could not be given back for it, and would take it along."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 class Board:
     """Running totals of the stage in progress, and their gauges in Ray's metrics: `undo_ray_done`, `undo_ray_total`,
     `undo_ray_tokens`… by `run`, `round` and `stage`. Made a Ray actor by `Progress.connect`."""
@@ -76,7 +84,7 @@ class Progress:
         """Put the board on the Ray cluster; without it stages are announced but not followed. `run`: its name in metrics."""
         import ray
 
-        self.board = ray.remote(Board).options(num_cpus=0).remote(run)
+        self.board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote(run)
 
     def keep(self, file: Any) -> None:
         """From now on keep the state of the run in this file (a `Place`), with the errors that are there already."""

@@ -321,7 +321,7 @@ def _is_manifest(found: Json) -> bool:
 
 
 def _sha256(fs: pafs.FileSystem, path: str) -> str:
-    with fs.open_input_file(path) as file:
+    with fs.open_input_stream(path, buffer_size=32 << 20) as file:  # of an object store one request per buffer
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -11,9 +11,10 @@ import importlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from undo_ray.progress import beside_the_driver
 from undo_ray.types import UserError
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
@@ -68,12 +69,13 @@ class Tracker:
             return
         import ray
 
-        curves = ray.remote(Curves).options(num_cpus=0).remote()
+        curves = ray.remote(Curves).options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
         stop = threading.Event()
 
         def drain() -> None:
-            for step, figures in ray.get(curves.drain.remote()):
-                self.log(step, {f"{prefix}/{name}": value for name, value in figures.items()})
+            with suppress(ray.exceptions.RayError):  # curves must never stop the work
+                for step, figures in ray.get(curves.drain.remote()):
+                    self.log(step, {f"{prefix}/{name}": value for name, value in figures.items()})
 
         def follow() -> None:
             while not stop.wait(SECONDS):

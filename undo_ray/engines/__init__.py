@@ -18,6 +18,7 @@ import queue
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -132,7 +133,7 @@ def generate(rows: Dataset, work: Work, held: kept.Held) -> Dataset:
         rows.context.op_resource_reservation_enabled = False
     return rows.map_batches(
         Replica,
-        fn_constructor_args=(work, hosts, secret(engine)),
+        fn_constructor_args=(work, hosts, uuid.uuid4().hex, secret(engine)),
         batch_format="pyarrow",
         batch_size=engine.batch_size,
         zero_copy_batch=True,
@@ -152,7 +153,7 @@ def calls(engine: Engine) -> int:
 class Replica:
     """One engine in the pool: rows to chats, chats through the engine, generations beside the rows."""
 
-    def __init__(self, work: Work, hosts: Sequence[Any], secret: SecretStr | None):
+    def __init__(self, work: Work, hosts: Sequence[Any], pool: str, secret: SecretStr | None):
         import ray
 
         begun, name = time.monotonic(), ray.get_runtime_context().get_actor_id() or "driver"
@@ -165,7 +166,7 @@ class Replica:
 
                 self.speaker = OpenAI(work.model(), work.engine, work.sampling, secret)
             elif hosts:
-                self.speaker = kept.Kept(hosts, work.journal.uri, name, work.model)
+                self.speaker = kept.Kept(hosts, pool, name, work.model)
             else:
                 self.speaker = local(work.model, work.engine, work.sampling, work.trust)
         except UserError:

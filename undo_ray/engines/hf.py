@@ -41,8 +41,7 @@ class Transformers:
         self.model = model.to(self.device).eval()
         self.context = self.engine.context or self.model.config.max_position_embeddings
         sampling = self.sampling
-        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.ends = set(models.ends(self.tokenizer, self.model.generation_config))
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
         self.config = GenerationConfig(

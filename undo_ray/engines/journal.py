@@ -17,14 +17,20 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from undo_ray.place import Place, plain_rows
 from undo_ray.types import GENERATION, Message, Row, UserError
+
+T = TypeVar("T")
+
+READERS = 32
+"""Files read at a time."""
 
 FLUSH = 2.0
 """Seconds that a finished generation waits at most for the next file, while others still finish."""
@@ -49,15 +55,23 @@ def key(chat: Sequence[Message], seed: int) -> bytes:
 
 def finished(place: Place, damaged: Callable[[Place], None] | None = None) -> int:
     """Generations in a journal. `damaged` is called with each file that is no whole Parquet file; without it that raises."""
-    count = 0
-    for file in _files(place / "done", ".parquet"):
-        try:
-            count += pq.read_metadata(file.path, filesystem=file.fs).num_rows
-        except pa.ArrowInvalid:
+    count, files = 0, _files(place / "done", ".parquet")
+    for file, rows in zip(files, _read(_rows, files), strict=True):
+        if isinstance(rows, pa.ArrowInvalid):
             if damaged is None:
-                raise
+                raise rows
             damaged(file)
+        else:
+            count += rows
     return count
+
+
+def _rows(file: Place) -> int | pa.ArrowInvalid:
+    """How many rows a file has, or why that cannot be told."""
+    try:
+        return int(pq.read_metadata(file.path, filesystem=file.fs).num_rows)
+    except pa.ArrowInvalid as error:
+        return error
 
 
 def interrupted(place: Place) -> int:
@@ -75,8 +89,8 @@ def lines(place: Place) -> Iterator[Row]:
 
 def shared(cache: Place) -> Iterator[Row]:
     """The same of a cache."""
-    for file in _files(cache, ".parquet"):
-        yield from plain_rows(pq.read_table(file.path, filesystem=file.fs), file.uri)
+    for rows in _read(lambda file: plain_rows(_table(file), file.uri), _files(cache, ".parquet")):
+        yield from rows
 
 
 def share(place: Place, cache: Place) -> list[Row]:
@@ -96,6 +110,16 @@ def starts(place: Place) -> list[Row]:
 def busy(place: Place) -> float:
     """Seconds in which the engines had rows to work on, of all replicas together."""
     return sum(json.loads(file.read_bytes())["seconds"] for file in _files(place / "busy", ".json"))
+
+
+def _table(file: Place) -> pa.Table:
+    return pq.read_table(file.path, filesystem=file.fs, use_threads=False)
+
+
+def _read(read: Callable[[Place], T], files: Sequence[Place]) -> Iterator[T]:
+    """What `read` gives of each file, in order. A long stage leaves tens of thousands, each a request or two of a store."""
+    with ThreadPoolExecutor(READERS) as threads:
+        yield from threads.map(read, files)
 
 
 def _files(folder: Place, ending: str) -> list[Place]:

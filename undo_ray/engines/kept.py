@@ -101,12 +101,12 @@ class Host:
         """Another one in every process that Ray starts for this engine."""
         return self._life
 
-    def claim(self, stage: str, replica: str) -> bool:
-        """Whether this engine is the replica's for the stage: that of the first who asks."""
+    def claim(self, pool: str, replica: str) -> bool:
+        """Whether this engine is the replica's as long as there is its pool: that of the first who asks."""
         with self._claims:
-            if self._claimed[0] != stage:
-                self._claimed = (stage, replica)
-            return self._claimed == (stage, replica)
+            if self._claimed[0] != pool:
+                self._claimed = (pool, replica)
+            return self._claimed == (pool, replica)
 
     def load(self, model: Callable[[], str]) -> bool:
         """Have the model that `model()` gives the directory of; False where only a new process can. See `engines.Backend`."""
@@ -151,18 +151,18 @@ class Host:
 
 
 class Kept:
-    """See `engines.Speaker`: the engine that is kept for this replica."""
+    """See `engines.Speaker`: the engine that is kept for this replica. `pool`: a name that no other pool has."""
 
-    def __init__(self, hosts: Sequence[Any], stage: str, replica: str, model: Callable[[], str]):
-        self._host = next((host for host in hosts if _got(host.claim.remote(stage, replica))), hosts[0])
+    def __init__(self, hosts: Sequence[Any], pool: str, replica: str, model: Callable[[], str]):
+        self._host = next((host for host in hosts if _got(host.claim.remote(pool, replica))), hosts[0])
         try:
             if not _got(self._host.load.remote(model)):
-                self._again(stage, replica, model)
+                self._again(pool, replica, model)
         except Exception:
             self.end()
             raise
 
-    def _again(self, stage: str, replica: str, model: Callable[[], str]) -> None:
+    def _again(self, pool: str, replica: str, model: Callable[[], str]) -> None:
         """Load into a new process of the engine."""
         from ray.exceptions import RayActorError
 
@@ -173,7 +173,7 @@ class Kept:
                 if _got(self._host.life.remote()) != old:
                     break
             time.sleep(0.1)
-        _got(self._host.claim.remote(stage, replica))
+        _got(self._host.claim.remote(pool, replica))
         _got(self._host.load.remote(model))
 
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:

@@ -37,13 +37,15 @@ class VLLM:
 
         self.spec, self.trust, self.directory, self.shape = engine, trust, directory, _shape(directory, trust)
         final = RequestOutputKind.FINAL_ONLY
-        draw = {"temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop)}
-        self.params = partial(SamplingParams, **draw, detokenize=bool(sampling.stop), output_kind=final)
+        draw: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop)}
         self.max_tokens, self.warming = sampling.max_tokens, threading.Lock()
         self.waiting: queue.SimpleQueue[tuple[list[int], Any, Sink, int]] = queue.SimpleQueue()
         self.llm = self._open()
         self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.context = self.engine.model_config.max_model_len
+        end = models.turn_end(self.tokenizer)  # beside the ends that vLLM reads itself
+        draw["stop_token_ids"] = None if end is None else [end]
+        self.params = partial(SamplingParams, **draw, detokenize=bool(sampling.stop), output_kind=final)
         self.warm = False
         self.stepped = time.monotonic()
         threading.Thread(target=self._steps, daemon=True).start()

@@ -155,8 +155,7 @@ class Transformers:
         self.model = loaded.to("cuda" if engine.resources.gpus else "cpu").eval()
         longest = self.model.config.max_position_embeddings
         self.context = min(engine.context or longest, longest)
-        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.ends = set(models.ends(self.tokenizer, self.model.generation_config))
         pad = self.tokenizer.pad_token_id
         self.pad = min(self.ends) if pad is None else pad
         self.work = ThreadPoolExecutor(1)

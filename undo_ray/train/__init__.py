@@ -14,6 +14,7 @@ hash of what it is made of: the same command goes on from there, another lesson 
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
 
     spec = recipe.student
     if out.round == 0 and recipe.round0.startswith("student:"):
-        out.model.upload(models.local(recipe.round0.removeprefix("student:"), recipe.seed))
+        ray.get(ray.remote(_given).options(num_cpus=1).remote(recipe.round0.removeprefix("student:"), recipe.seed, out.model))
         return
     state = out.resume / content_key(lessons, start, recipe)
     figures, sample = _tokens(lessons, start, recipe, state)
@@ -53,7 +54,7 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
     if (packed / "plan.json").exists():
         plan = (packed / "plan.json").read_json(REMEDY)
     else:
-        task = ray.remote(pack).options(num_cpus=1, max_retries=0)
+        task = ray.remote(pack).options(num_cpus=1)
         plan = ray.get(task.remote(state / "tokens", spec, recipe.seed, packed))
     report = _train(start, recipe, out, state, packed, plan)
     probe = report.pop("probe")
@@ -61,6 +62,10 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
         _check_in_vllm(out.model.uri, recipe, probe)
     gpus = spec.workers * spec.resources.gpus
     out.note(**figures, **plan, **report, sharding=spec.sharding, workers=spec.workers, gpus=gpus)
+
+
+def _given(ref: str, seed: int, place: Place) -> None:
+    place.upload(models.local(ref, seed))
 
 
 def _tokens(lessons: Dataset, start: str, recipe: Recipe, state: Place) -> tuple[dict[str, int], str]:
@@ -110,13 +115,30 @@ def _train(start: str, recipe: Recipe, out: Stage, state: Place, packed: Place, 
             ),
         )
         try:
-            trainer.fit()
+            _fit(trainer)
         except Exception as error:  # Ray Train has many types for a lost group; with a reason of ours, that is what counts
             _raise_failure(job.failure, spec, error)
             raise
     _raise_failure(job.failure, spec, None)
     report: dict[str, Any] = job.report.read_json(REMEDY)
     return report
+
+
+def _fit(trainer: Any) -> None:
+    """Run it to its end in a thread: in the main one Ray Train 2.60 would take Ctrl-C for itself, then and ever after."""
+    raised: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="undo_ray training")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
 
 
 def _raise_failure(failure: Place, spec: Student, error: Exception | None) -> None:
@@ -143,6 +165,7 @@ def _check_in_vllm(uri: str, recipe: Recipe, probe: dict[str, Any]) -> None:
     from undo_ray.train.export import vllm_differs
 
     engine, checked = recipe.student.engine, (probe["ids"], probe["logprobs"], recipe.student.trust_remote_code)
-    task = ray.remote(vllm_differs).options(num_cpus=engine.resources.cpus, num_gpus=engine.resources.gpus, max_retries=0)
+    task = ray.remote(max_calls=1)(vllm_differs)  # its process ends with it, and gives the memory back
+    task = task.options(num_cpus=engine.resources.cpus, num_gpus=engine.resources.gpus)
     if wrong := ray.get(task.remote(partial(models.local, uri, recipe.seed), engine, *checked)):
         raise RuntimeError(f"the exported student is not the trained one: {wrong}")

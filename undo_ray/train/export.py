@@ -18,9 +18,10 @@ training or the export round to bfloat16."""
 
 
 def write(state: dict[str, Tensor], start: str, directory: str, trust: bool = False) -> None:
-    """Save as `start` was saved: same architecture, type of weights, generation config, tokenizer and chat template.
+    """Save as `start` was saved: same architecture, type of weights, tokenizer, chat template and generation config, to which
+    the end of a turn is added, with which every lesson ended.
 
-    `state`: every parameter of the plain model, on the CPU. Shards of 5 GB, safetensors.
+    `state`: every parameter of the plain model, on the CPU. Shards of 4 GB, safetensors.
     """
     config = models.config(start, trust)
     dtype = config.dtype or torch.float32
@@ -33,8 +34,11 @@ def write(state: dict[str, Tensor], start: str, directory: str, trust: bool = Fa
         raise RuntimeError(
             f"the trained student lacks {missing[:3]} or has more than the model it started from: {unexpected[:3]}"
         )
-    model.save_pretrained(directory)
-    models.tokenizer(start, trust).save_pretrained(directory)
+    tokenizer = models.tokenizer(start, trust)
+    if len(ends := models.ends(tokenizer, model.generation_config)) > 1:
+        model.generation_config.eos_token_id = ends
+    model.save_pretrained(directory, max_shard_size="4GB")  # S3 copies no object of more than 5
+    tokenizer.save_pretrained(directory)
 
 
 def differs(directory: str, ids: list[int], trained: Tensor, exact: bool, trust: bool = False) -> str | None:
@@ -59,6 +63,7 @@ def vllm_differs(model: Callable[[], str], engine: Engine, ids: list[int], train
     """
     # Before vLLM is imported. In this process, and on CPUs with 1 GiB of cache and unbound threads, as undo_ray.engines has it.
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of tensor parallel: a Ray worker has threads, and must not be forked
     for name, value in variables.items():
         os.environ.setdefault(name, value)
     import vllm
