@@ -110,7 +110,7 @@ def evaluate(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         raise UserError("data.tests is empty: there is nothing to evaluate on; name tests in the recipe")
     with open_run(run_dir, recipe, checked(recipe, ("student",)), Progress()) as held:
         held.mend()
-        with working(recipe, held, placement.asked(recipe, ("student.engine",)), verbose) as recipe:
+        with working(recipe, held, placement.asked(recipe, training=False), verbose) as recipe:
             held.once("problems", problems.prepare, recipe)
             found = {"model": recipe.student.model, "tests": measured(recipe, held)[1]}
         (held.place / "evaluation.json").write_json(found)

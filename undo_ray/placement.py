@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,30 +42,33 @@ class Kind(NamedTuple):
     n: int
 
 
-POOLS = ("teacher.engine", "student.engine")
-
-
-def asked(recipe: Recipe, pools_of: Sequence[str] = POOLS) -> list[Ask]:
-    """What the stages of a run ask for, one after another; an evaluation has the student's engines alone (`pools_of`). Engines
-    that are kept lie beside all of them."""
-    pools: dict[str, Engine] = {key: getattr(recipe, key.partition(".")[0]).engine for key in pools_of}
+def asked(recipe: Recipe, training: bool = True) -> list[Ask]:
+    """What the stages of a run ask for, one after another; without `training`, those of an evaluation, which has the student's
+    engines alone. Engines that are kept lie beside all of them."""
+    student = recipe.student
+    pools: dict[str, Engine] = {"teacher.engine": recipe.teacher.engine} if training else {}
+    pools["student.engine"] = student.engine
     kept = {key: engine for key, engine in pools.items() if engine.lifetime == "run"}
     found = []
     asks = [(key, (engine.min_replicas or engine.replicas) * engine.nodes, _part(engine)) for key, engine in pools.items()]
-    if pools_of == POOLS:
-        asks.append(("student.workers", recipe.student.workers, _shape(recipe.student.resources)))
+    if training:
+        asks.append(("student.workers", student.workers, _shape(student.resources)))
     for key, count, each in asks:
         others = [other for other in kept if other != key]
-        beside = [_part(kept[other]) for other in others for _ in range(kept[other].replicas * kept[other].nodes)]
+        beside = _parts(kept[other] for other in others)
         beside += [(0.0, 1.0)] if key in pools else []  # what reads, grades and writes
         beside += [(0.0, RELAY_CPUS)] * (pools[key].replicas if key in kept else 0)
         note = f', beside {" and ".join(others)} (lifetime = "run")' if others else ""
         found.append(Ask(key, count, each, beside, note))
-    student = recipe.student.engine
-    if pools_of == POOLS and "student.engine" in kept and student.kind == "vllm" and student.nodes == 1:
-        beside = [_part(engine) for engine in kept.values() for _ in range(engine.replicas * engine.nodes)]
-        found.append(Ask("student.engine", 1, _part(student), beside, ", beside all engines that are kept, to check an export"))
+    if training and "student.engine" in kept and student.engine.kind == "vllm" and student.engine.nodes == 1:
+        note = ", beside all engines that are kept, to check an export"
+        found.append(Ask("student.engine", 1, _part(student.engine), _parts(kept.values()), note))
     return found
+
+
+def _parts(engines: Iterable[Engine]) -> list[Shape]:
+    """What all replicas of these engines hold, node by node."""
+    return [_part(engine) for engine in engines for _ in range(engine.replicas * engine.nodes)]
 
 
 def _shape(each: Placement, nodes: int = 1) -> Shape:

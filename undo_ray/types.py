@@ -156,3 +156,14 @@ def now() -> str:
 def unix_time(at: str) -> int:
     """Seconds since 1970 of what `now` gave."""
     return timegm(time.strptime(at, _TIME))
+
+
+def got(ref: Any) -> Any:
+    """What a Ray task or actor gave; raises what it raised, without Ray's wrapping, so that a UserError is one line still."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise error.cause from error

@@ -89,8 +89,12 @@ def lines(place: Place) -> Iterator[Row]:
 
 def shared(cache: Place) -> Iterator[Row]:
     """The same of a cache."""
-    for rows in _read(lambda file: plain_rows(_table(file), file.uri), _files(cache, ".parquet")):
-        yield from rows
+
+    def rows(file: Place) -> list[Row]:
+        return plain_rows(pq.read_table(file.path, filesystem=file.fs, use_threads=False), file.uri)
+
+    for found in _read(rows, _files(cache, ".parquet")):
+        yield from found
 
 
 def share(place: Place, cache: Place) -> list[Row]:
@@ -110,10 +114,6 @@ def starts(place: Place) -> list[Row]:
 def busy(place: Place) -> float:
     """Seconds in which the engines had rows to work on, of all replicas together."""
     return sum(json.loads(file.read_bytes())["seconds"] for file in _files(place / "busy", ".json"))
-
-
-def _table(file: Place) -> pa.Table:
-    return pq.read_table(file.path, filesystem=file.fs, use_threads=False)
 
 
 def _read(read: Callable[[Place], T], files: Sequence[Place]) -> Iterator[T]:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from undo_ray.config import Engine, Sampling
-from undo_ray.types import Message, Row, UserError
+from undo_ray.types import Message, Row, UserError, got
 
 if TYPE_CHECKING:
     from undo_ray.engines import Local
@@ -68,7 +68,7 @@ def _everywhere(model: Callable[[], str]) -> str:
     bundles = ray.util.placement_group_table(group)["bundles_to_node_id"]
     fetch = ray.remote(num_cpus=0)(_call)
     places = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in {node: n for n, node in bundles.items()}.values()]
-    found = {_got(ref) for ref in [fetch.options(scheduling_strategy=place).remote(model) for place in places]}
+    found = {got(ref) for ref in [fetch.options(scheduling_strategy=place).remote(model) for place in places]}
     if len(found) > 1:
         raise UserError(f"the nodes of an engine have its model at different places: {', '.join(sorted(found))}")
     return found.pop()
@@ -154,9 +154,9 @@ class Kept:
     """See `engines.Speaker`: the engine that is kept for this replica. `pool`: a name that no other pool has."""
 
     def __init__(self, hosts: Sequence[Any], pool: str, replica: str, model: Callable[[], str]):
-        self._host = next((host for host in hosts if _got(host.claim.remote(pool, replica))), hosts[0])
+        self._host = next((host for host in hosts if got(host.claim.remote(pool, replica))), hosts[0])
         try:
-            if not _got(self._host.load.remote(model)):
+            if not got(self._host.load.remote(model)):
                 self._again(pool, replica, model)
         except Exception:
             self.end()
@@ -166,20 +166,20 @@ class Kept:
         """Load into a new process of the engine."""
         from ray.exceptions import RayActorError
 
-        old = _got(self._host.life.remote())
+        old = got(self._host.life.remote())
         self.end()
         while True:  # the old one may still answer, and then calls fail until Ray knows that it ended
             with suppress(RayActorError):
-                if _got(self._host.life.remote()) != old:
+                if got(self._host.life.remote()) != old:
                     break
             time.sleep(0.1)
-        _got(self._host.claim.remote(pool, replica))
-        _got(self._host.load.remote(model))
+        got(self._host.claim.remote(pool, replica))
+        got(self._host.load.remote(model))
 
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
         """See `engines.Speaker`."""
         for ref in self._host.answer.options(num_returns="streaming").remote(chats, seeds):
-            yield from _got(ref)
+            yield from got(ref)
 
     def end(self) -> None:
         """End the engine's process; Ray starts another."""
@@ -192,14 +192,3 @@ def _plain(error: BaseException) -> RuntimeError:
     """An error that pickles, in place of one of the engine's own that may not."""
     logging.getLogger(__name__).error("in a kept engine", exc_info=error)
     return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _got(ref: Any) -> Any:
-    """What an engine's actor gave; raises what it raised, without Ray's wrapping."""
-    import ray
-    from ray.exceptions import RayTaskError
-
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        raise error.cause from None

@@ -25,7 +25,7 @@ from undo_ray.place import Place
 from undo_ray.store import Stage
 from undo_ray.train.packing import pack
 from undo_ray.train.tokens import content_key, tokenise
-from undo_ray.types import Damaged, UserError
+from undo_ray.types import Damaged, UserError, got
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -45,7 +45,7 @@ def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
 
     spec = recipe.student
     if out.round == 0 and recipe.round0.startswith("student:"):
-        ray.get(ray.remote(_given).options(num_cpus=1).remote(recipe.round0.removeprefix("student:"), recipe.seed, out.model))
+        got(ray.remote(_given).options(num_cpus=1).remote(recipe.round0.removeprefix("student:"), recipe.seed, out.model))
         return
     state = out.resume / content_key(lessons, start, recipe)
     figures, sample = _tokens(lessons, start, recipe, state)
@@ -167,5 +167,5 @@ def _check_in_vllm(uri: str, recipe: Recipe, probe: dict[str, Any]) -> None:
     engine, checked = recipe.student.engine, (probe["ids"], probe["logprobs"], recipe.student.trust_remote_code)
     task = ray.remote(max_calls=1)(vllm_differs)  # its process ends with it, and gives the memory back
     task = task.options(num_cpus=engine.resources.cpus, num_gpus=engine.resources.gpus)
-    if wrong := ray.get(task.remote(partial(models.local, uri, recipe.seed), engine, *checked)):
+    if wrong := got(task.remote(partial(models.local, uri, recipe.seed), engine, *checked)):
         raise RuntimeError(f"the exported student is not the trained one: {wrong}")
