@@ -52,6 +52,16 @@ def cluster() -> None:
     loop.start_ray(verbose=False)
 
 
+@pytest.fixture(scope="module")
+def joined(cluster: None) -> Iterator[None]:
+    """Runs that a module's tests start join the Ray of `cluster`, as jobs do: one of its own takes each seven seconds."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """`HOST:PORT` of an S3 service on this machine, with a bucket `runs`."""

@@ -63,10 +63,10 @@ class Cluster(NamedTuple):
                 one.kill()
 
 
-def wait_for(what: str, found: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(what: str, found: Callable[[], Any], seconds: float = 120, log: Callable[[], str] = str) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
-        assert time.monotonic() < deadline, f"no {what} after {seconds:.0f} s"
+        assert time.monotonic() < deadline, f"no {what} after {seconds:.0f} s\n{log()}"
         time.sleep(0.3)
     return value
 

@@ -49,7 +49,7 @@ ASKING = ("teacher.regenerate=failed", "teacher.samples=2", WILD, "teacher.hints
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def failed(joined: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that asks again about failed questions alone: up to twice plainly, then with the answer, then with the solution."""
     run_dir = tmp_path_factory.mktemp("failed") / "run"
     # As many tokens as it takes for some attempts to be right: the skill `tens` is learnt first.

@@ -29,20 +29,23 @@ def metrics(cluster: Cluster) -> list[str]:
 
 def test_a_job_is_followed_stopped_and_goes_on_when_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
     run_dir, job = tmp_path / "run", "first"
-    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *runs.sets(*runs.SMALL))
-    cluster.submit(*command, options=("--no-wait", "--submission-id", job))
+    sets = runs.sets(*runs.SMALL, "rounds=0", "data.train_limit=400")
+    command = ("jobs/undo.py", "jobs/recipes/mini.toml", "--run-dir", str(run_dir), *sets)
+    slowly = runs.sets("teacher.engine.batch_size=1")  # progress.json is written every ten seconds
+    cluster.submit(*command, *slowly, options=("--no-wait", "--submission-id", job))
+    kept = run_dir / "progress.json"
 
-    def at_work() -> Any:
-        found = status(run_dir) if (run_dir / "progress.json").exists() else {"current": None}
-        return found if found["current"] and found["current"]["figures"].get("tokens") else None
+    def at_work() -> bool:
+        return kept.exists() and "tokens" in json.loads(kept.read_bytes())["figures"]
 
-    found = wait_for("rows", at_work, 240)
+    wait_for("rows", at_work, 240, lambda: cluster.ray("job", "logs", "--address", cluster.address, job))
+    found = status(run_dir)
     assert found["state"] == "running" and found["driver"]["seconds_ago"] < 60
     current, figures = found["current"], found["current"]["figures"]
-    assert 0 < figures["done"] <= figures["total"] <= 80
+    assert 0 < figures["done"] <= figures["total"] == 412
     labels = [f'run="{run_dir}"', f'round="{current["round"]}"', f'stage="{current["stage"]}"', "undo_ray_done"]
     [done] = wait_for("metrics", lambda: [line for line in metrics(cluster) if all(label in line for label in labels)])
-    assert 0 < float(done.split()[-1]) <= 80
+    assert 0 < float(done.split()[-1]) <= 412
     assert "round 0" in cluster.ray("job", "logs", "--address", cluster.address, job)
     cluster.ray("job", "stop", "--address", cluster.address, job)
     assert status(run_dir)["state"] in ("killed", "stopped") and not (run_dir / "report.json").exists()

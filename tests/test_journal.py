@@ -244,7 +244,7 @@ def test_a_row_that_kills_its_engine_is_given_up_and_the_others_are_answered(
     assert found[5]["engine_error"] == "the engine died twice of this row, the last time with it alone"
 
 
-def test_a_killed_driver_leaves_what_was_finished_to_the_next(tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_what_was_finished_to_the_next(joined: None, tmp_path: Path) -> None:
     sets = ["rounds=0", "data.train_limit=120", "data.select=8", "data.show=4", "data.tests=[]", "student.tokens=2000"]
     sets += ["teacher.engine={batch_size = 8}", "student.engine={batch_size = 32}"]
     stage = tmp_path / "run/round-00/rationales"
@@ -257,7 +257,12 @@ def test_a_killed_driver_leaves_what_was_finished_to_the_next(tmp_path: Path) ->
     process.communicate()
     assert not (stage / "manifest.json").exists()
     kept = {line["key"]: line["generation"]["text"] for line in journal.lines(done)}
-    output = runs.run("mini", tmp_path / "run", *sets)
+    process = runs.start("mini", tmp_path / "run", *sets)
+    while not (stage / "manifest.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.kill()  # what comes after the stage has tests of its own
+    output, _ = process.communicate()
     used = re.search(r"(\d+) generations of an earlier start are used as they are", output)
     assert used and int(used[1]) >= len(kept), "an engine may have finished more before it saw that its driver was gone"
     figures = json.loads((stage / "manifest.json").read_text())["figures"]

@@ -259,33 +259,29 @@ def test_an_engine_that_does_not_come_up_is_tried_twice_and_the_stage_ends_with_
     assert "engine.kwargs.gpu_memory_utilization" in str(error.value)
 
 
-def test_one_engine_serves_all_rounds_and_a_killed_driver_leaves_none_behind(cluster: None, tmp_path: Path) -> None:
+def test_one_engine_serves_all_rounds_and_a_killed_driver_leaves_none_behind(joined: None, tmp_path: Path) -> None:
     """vLLM as the teacher on a cluster that outlives its drivers; the driver is killed when two rounds were explained."""
     pytest.importorskip("vllm")
-    import ray
-
     engine = 'kind = "vllm", context = 1024, batch_size = 32, lifetime = "run", resources = {cpus = 0.5}'
     sets = [*runs.SMALL, f"teacher.engine={{{engine}}}"]
     deadline = time.monotonic() + 60
     while named("Host"):
         assert time.monotonic() < deadline, "the engines of the tests before are still there"
         time.sleep(0.2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-        process, started = runs.start("mini", tmp_path / "run", *sets), set[int]()
-        deadline = time.monotonic() + 400
-        while not any((tmp_path / "run/round-01/student").glob("try-*")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            started |= named("Host")
-            time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert len(started) == 2, "one engine for the teacher and one for the student, over two rounds"
-        deadline = time.monotonic() + 60
-        while named("Host") & started:
-            assert time.monotonic() < deadline, "Ray ends what a dead driver owned"
-            time.sleep(0.2)
-        runs.run("mini", tmp_path / "run", *sets)
+    process, started = runs.start("mini", tmp_path / "run", *sets), set[int]()
+    deadline = time.monotonic() + 400
+    while not any((tmp_path / "run/round-01/student").glob("try-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        started |= named("Host")
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(started) == 2, "one engine for the teacher and one for the student, over two rounds"
+    deadline = time.monotonic() + 60
+    while named("Host") & started:
+        assert time.monotonic() < deadline, "Ray ends what a dead driver owned"
+        time.sleep(0.2)
+    runs.run("mini", tmp_path / "run", *sets)
     records = runs.report(tmp_path / "run")["rounds"]
     starts = [record["engine_start_seconds"]["rationales"] for record in records]
     assert starts[1] < starts[0] / 3, "start-up is paid once"

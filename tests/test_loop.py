@@ -34,9 +34,8 @@ SMALL = (
 TRAIN_SPLITS = ["train"] * 150 + ["show"] * 20 + ["select"] * 50
 
 
-def engine(kind: str) -> str:
-    # Of vLLM, whose start takes longest, one engine for the whole run; the other kind lives for a stage.
-    lifetime = ', lifetime = "run", resources = {cpus = 0.5}' if kind == "vllm" else ""
+def engine(kind: str, kept: bool) -> str:
+    lifetime = ', lifetime = "run", resources = {cpus = 0.5}' if kept else ""
     return f'{{kind = "{kind}", dtype = "float32", context = 4096, batch_size = 64{lifetime}}}'
 
 
@@ -46,8 +45,8 @@ def overrides(data_dir: Path, models: Path, kind: str) -> tuple[str, ...]:
         f"data.dir={data_dir}",
         f"teacher.model={os.path.relpath(models, runs.ROOT)}/teacher",
         f"student.model={os.path.relpath(models, runs.ROOT)}/student",
-        f"teacher.engine={engine(kind)}",
-        f"student.engine={engine(kind)}",
+        f"teacher.engine={engine(kind, kept=kind == 'vllm')}",  # it starts slowly; the other lives for a stage
+        f"student.engine={engine(kind, kept=True)}",
     )
 
 
@@ -61,7 +60,7 @@ def make_models(data_dir: Path, directory: Path, architecture: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def qwen(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...], str]:
+def qwen(joined: None, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...], str]:
     """A finished run on GSM8K with Qwen2 architecture and the transformers engine: (run directory, overrides, output)."""
     home = tmp_path_factory.mktemp("qwen")
     sets = overrides(data_dir, make_models(data_dir, home / "models", "qwen2"), "transformers")
@@ -230,7 +229,7 @@ MINI = (
 )
 
 
-def test_a_run_killed_in_every_stage_of_round_1_ends_like_one_that_was_not(tmp_path: Path) -> None:
+def test_a_run_killed_in_every_stage_of_round_1_ends_like_one_that_was_not(joined: None, tmp_path: Path) -> None:
     impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "1"}  # as for a cluster whose nodes take half an hour to come
     runs.finish(runs.start("mini", tmp_path / "whole", *MINI, environment=impatient))
     killed = tmp_path / "killed"

@@ -10,7 +10,7 @@ import runs
 
 
 @pytest.fixture(scope="module")
-def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shuffled(joined: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with shuffled feedback, accumulated lessons, a student that goes on from the previous one, one validation set."""
     run_dir = tmp_path_factory.mktemp("shuffled") / "run"
     options = ("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true")

@@ -22,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 from undo_ray import models
 from undo_ray.config import Recipe, Student, digest
 from undo_ray.place import Place
-from undo_ray.store import Stage
+from undo_ray.store import FULL, Stage
 from undo_ray.train.packing import pack
 from undo_ray.train.tokens import content_key, tokenise
 from undo_ray.types import Damaged, UserError, got
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+    from undo_ray.train.worker import Job
 
 REMEDY = "delete the stage's folder and run the same command"
 
@@ -80,52 +82,68 @@ def _tokens(lessons: Dataset, start: str, recipe: Recipe, state: Place) -> tuple
 
 
 def _train(start: str, recipe: Recipe, out: Stage, state: Place, packed: Place, plan: dict[str, Any]) -> dict[str, Any]:
-    """Run the workers to their end; what worker 0 reports."""
+    """Run the workers to their end; what worker 0 reports.
+
+    Ray Train starts a lost group of workers again; its controller it does not (one write of its list of checkpoints that the
+    store refuses is the end of it), so that is done here, as often.
+    """
+    from ray.train import ControllerError
+
+    from undo_ray.train.worker import Job
+
+    spec, kept = recipe.student, state / "train"
+    (state / "failure.json").remove()  # of an earlier start: what it asked for may be mended
+    follow = out.progress.tracker.following(f"round-{out.round:02d}") if out.progress.tracker else nullcontext()
+    with follow as curves:
+        job = Job(start, recipe.seed, spec, packed, plan, out.model, state, out.progress.board, curves)
+        for left in reversed(range(spec.max_failures + 1)):
+            try:
+                _fit(job, kept)
+                break
+            except Exception as error:  # Ray Train has many types for a lost group; with a reason of ours, that is what counts
+                _raise_failure(job.failure, spec, error)
+                if not left or not isinstance(error, ControllerError) or FULL in str(error):
+                    raise
+                why = str(error).splitlines()[-1]
+                out.progress.say(
+                    f"round {out.round} · student: Ray Train's controller failed and is started again, up to {left} times "
+                    f"(student.max_failures), from the last checkpoint: {why}"
+                )
+    _raise_failure(job.failure, spec, None)
+    report: dict[str, Any] = job.report.read_json(REMEDY)
+    return report
+
+
+def _fit(job: Job, kept: Place) -> None:
+    """Run Ray Train once over the job, from the last checkpoint below `kept`, in a thread: in the main one Ray Train 2.60
+    would take Ctrl-C for itself, then and ever after."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from undo_ray.train.rendezvous import Inward
-    from undo_ray.train.worker import Job, work
+    from undo_ray.train.worker import work
 
-    spec, kept = recipe.student, state / "train"
-    resources = {"CPU": spec.resources.cpus, **({"GPU": spec.resources.gpus} if spec.resources.gpus else {})}
-    (state / "failure.json").remove()  # of an earlier start: what it asked for may be mended
+    spec = job.spec
     known = kept / "train/checkpoint_manager_snapshot.json"  # Ray Train writes it in place: a kill or a full disk can cut it
     if known.exists():
         try:
             known.read_json(REMEDY)
         except UserError as error:
             raise Damaged(f"{known.uri}: Ray Train's list of checkpoints cannot be read", kept.uri) from error
-    follow = out.progress.tracker.following(f"round-{out.round:02d}") if out.progress.tracker else nullcontext()
-    with follow as curves:
-        job = Job(start, recipe.seed, spec, packed, plan, out.model, state, out.progress.board, curves)
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={"job": job},
-            torch_config=Inward(backend="nccl" if spec.resources.gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=spec.workers, use_gpu=spec.resources.gpus > 0, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name="train",  # a name Ray Train has seen goes on from its last checkpoint: a new driver finds the old one's
-                storage_path=kept.path,
-                storage_filesystem=kept.fs,
-                failure_config=FailureConfig(max_failures=spec.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-            ),
-        )
-        try:
-            _fit(trainer)
-        except Exception as error:  # Ray Train has many types for a lost group; with a reason of ours, that is what counts
-            _raise_failure(job.failure, spec, error)
-            raise
-    _raise_failure(job.failure, spec, None)
-    report: dict[str, Any] = job.report.read_json(REMEDY)
-    return report
-
-
-def _fit(trainer: Any) -> None:
-    """Run it to its end in a thread: in the main one Ray Train 2.60 would take Ctrl-C for itself, then and ever after."""
+    resources = {"CPU": spec.resources.cpus, **({"GPU": spec.resources.gpus} if spec.resources.gpus else {})}
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"job": job},
+        torch_config=Inward(backend="nccl" if spec.resources.gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=spec.workers, use_gpu=spec.resources.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name="train",  # a name Ray Train has seen goes on from its last checkpoint: a new driver finds the old one's
+            storage_path=kept.path,
+            storage_filesystem=kept.fs,
+            failure_config=FailureConfig(max_failures=spec.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
     raised: list[BaseException] = []
 
     def fit() -> None:
