@@ -235,7 +235,7 @@ def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: tuple[Path, floa
     under = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
-    psutil.wait_procs(under, timeout=60)  # what outlives its driver for a moment may write once more
+    psutil.wait_procs(under, timeout=15)  # what outlives its driver for a moment may write once more
     for file in found:
         for one in file.parent.iterdir() if what == "checkpoint" else [file]:
             if one.is_file():

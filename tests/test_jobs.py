@@ -60,6 +60,13 @@ def test_a_job_that_fails_passes_it_on_with_its_line(cluster: Cluster, tmp_path:
     assert "a job's working directory is a temporary copy; give an absolute path or a URI" in output
 
 
+@pytest.mark.slow  # Ray tries for 20 s
+def test_a_run_that_the_cluster_does_not_know_ends_with_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    strange = {"RAY_ADDRESS": cluster.gcs, "RAY_AUTH_MODE": "disabled"}
+    [line] = runs.finish(runs.start("mini", tmp_path / "run", environment=strange), code=5).splitlines()
+    assert line.startswith(f"undo-ray: RAY_ADDRESS={cluster.gcs}: cannot join this Ray: ") and "RAY_AUTH_TOKEN" in line
+
+
 def test_without_the_token_nothing_is_taken(cluster: Cluster) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)

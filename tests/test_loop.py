@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -215,33 +213,3 @@ def test_two_rounds_on_gsm8k_with_vllm_resume_after_a_kill(data_dir: Path, tmp_p
     check_prompts(run_dir)
     check_report(run_dir)
     assert runs.report(run_dir)["resumes"] == 1
-
-
-MINI = (
-    "data.train_limit=60",
-    "data.select=10",
-    "data.test_limit=20",
-    "rounds=1",
-    "student.tokens=4000",
-    'teacher.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
-    'student.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
-    "student.resources={cpus = 1}",
-)
-
-
-def test_a_run_killed_in_every_stage_of_round_1_ends_like_one_that_was_not(joined: None, tmp_path: Path) -> None:
-    impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "1"}  # as for a cluster whose nodes take half an hour to come
-    runs.finish(runs.start("mini", tmp_path / "whole", *MINI, environment=impatient))
-    killed = tmp_path / "killed"
-    process = runs.start("mini", killed, *MINI)
-    while not any(killed.glob("round-00/student/resume/*/train/train/*")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)  # Ctrl-C in training, which Ray Train would have for itself
-    assert "stopped; the same command goes on from the last committed stage" in runs.finish(process, code=130)
-    stages = ("attempts", "rationales", "lessons", "student", "measure")
-    for stage in stages:
-        runs.kill_in(runs.start("mini", killed, *MINI), killed / "round-01" / stage)
-    runs.run("mini", killed, *MINI)
-    assert runs.timeless(runs.report(killed)) == runs.timeless(runs.report(tmp_path / "whole"))
-    assert runs.report(killed)["resumes"] == 1 + len(stages)

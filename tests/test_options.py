@@ -1,21 +1,41 @@
-"""Options of the loop that the other runs leave at their defaults, each through a whole small run."""
+"""Options of the loop that the other runs leave at their defaults, through whole small runs, and one that is killed often."""
 
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import runs
+
+SHUFFLED = (*runs.SMALL, *("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true"))
 
 
 @pytest.fixture(scope="module")
 def shuffled(joined: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with shuffled feedback, accumulated lessons, a student that goes on from the previous one, one validation set."""
     run_dir = tmp_path_factory.mktemp("shuffled") / "run"
-    options = ("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true")
-    runs.run("mini", run_dir, *runs.SMALL, *options)
+    impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "1"}  # as for a cluster whose nodes take half an hour to come
+    runs.finish(runs.start("mini", run_dir, *SHUFFLED, environment=impatient))
     return run_dir
+
+
+def test_a_run_killed_in_every_stage_of_round_1_ends_like_one_that_was_not(shuffled: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = runs.start("mini", run_dir, *SHUFFLED)
+    while not any(run_dir.glob("round-00/student/resume/*/train/train/*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # Ctrl-C in training, which Ray Train would have for itself
+    assert "stopped; the same command goes on from the last committed stage" in runs.finish(process, code=130)
+    stages = ("attempts", "rationales", "lessons", "student", "measure")
+    for stage in stages:
+        runs.kill_in(runs.start("mini", run_dir, *SHUFFLED), run_dir / "round-01" / stage)
+    runs.run("mini", run_dir, *SHUFFLED)
+    assert runs.timeless(runs.report(run_dir)) == runs.timeless(runs.report(shuffled))
+    assert runs.report(run_dir)["resumes"] == 1 + len(stages)
 
 
 def test_accumulated_lessons_are_those_of_all_rounds_without_duplicates(shuffled: Path) -> None:
@@ -74,3 +94,10 @@ def test_more_replicas_than_the_cluster_holds_are_refused_before_any_work(tmp_pa
         'teacher.engine: needs 999 × (0.5 CPUs) at a time, beside student.engine (lifetime = "run"); the cluster has ' in last
     )
     assert not (tmp_path / "run/problems").exists()
+
+
+def test_an_address_where_no_ray_answers_is_told_at_once(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{runs.free_ports(1)[0]}"
+    process = runs.start("mini", tmp_path / "run", environment={"RAY_ADDRESS": address})
+    [line] = runs.finish(process, code=5).splitlines()
+    assert line.startswith(f"undo-ray: RAY_ADDRESS={address}: no Ray answers there (Connection refused); start the cluster, or")

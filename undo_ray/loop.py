@@ -175,7 +175,10 @@ def measured(recipe: Recipe, run: Run) -> tuple[Dataset, Json]:
 
 
 def start_ray(verbose: bool) -> None:
-    """Join the cluster RAY_ADDRESS names (a job's environment does), else start one on this machine."""
+    """Join the cluster RAY_ADDRESS names (a job's environment does), else start one on this machine.
+
+    Raises UserError when no Ray answers at that address, or none that takes this user's token.
+    """
     own: Json = {}
     if not (address := os.environ.get("RAY_ADDRESS")):
         # Logical CPUs: with fewer than four, pipelines on a small machine starve beside Train's controller.
@@ -183,9 +186,15 @@ def start_ray(verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     # Else Ray 2.60 warns that hiding GPUs from tasks that ask for none will end; this chooses the coming behaviour now.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address:
+        _reach(address)
     inward = _on_loopback() if not address or _inward(address) else nullcontext()
     with nullcontext() if verbose else _held_back(), inward:
-        ray.init(**own, log_to_driver=verbose, logging_level=level)  # in C++ it announces that it was told to be quiet
+        try:
+            ray.init(**own, log_to_driver=verbose, logging_level=level)  # in C++ it announces that it was told to be quiet
+        except ConnectionError as error:
+            why = str(error.__cause__ or error).splitlines()[-1]
+            raise UserError(f"RAY_ADDRESS={address}: cannot join this Ray: {why}", exit_code=5) from error
     if own and (token := Path.home() / ".ray" / "auth_token").is_file():
         token.chmod(0o600)  # Ray 2.60 makes it readable for everybody, and it opens every port
 
@@ -199,6 +208,19 @@ def start_ray(verbose: bool) -> None:
     for name in ("ray.data", "ray.train", "ray.tune"):
         # What fails there raises here as well: else its traceback comes twice, before the one line that matters.
         logging.getLogger(name).setLevel(level if verbose else logging.CRITICAL)
+
+
+def _reach(address: str) -> None:
+    """Raise UserError when nothing listens at HOST:PORT; Ray 2.60 would try for more than ten minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "//" in host:  # `auto`, or a way of its own
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        why = f"no Ray answers there ({error.strerror or error})"
+        remedy = "start the cluster, or unset RAY_ADDRESS to work on this machine alone"
+        raise UserError(f"RAY_ADDRESS={address}: {why}; {remedy}", exit_code=5) from error
 
 
 def _inward(address: str) -> bool:
@@ -230,13 +252,15 @@ def _on_loopback() -> Iterator[None]:
 
 @contextmanager
 def _held_back() -> Iterator[None]:
-    """What this process writes to stderr meanwhile, below Python too, is shown only when the block fails."""
+    """What this process writes to stderr meanwhile, below Python too, is shown only when it fails without a UserError."""
     sys.stderr.flush()
     plain = os.dup(2)
     with tempfile.TemporaryFile() as kept:
         os.dup2(kept.fileno(), 2)
         try:
             yield
+        except UserError:
+            raise
         except BaseException:
             kept.seek(0)
             os.write(plain, kept.read())
