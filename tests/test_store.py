@@ -20,12 +20,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 
-from undo_ray import lease
+from undo_ray import lease, loop
 from undo_ray.config import Recipe
 from undo_ray.place import Place
 from undo_ray.progress import Progress
-from undo_ray.store import Run, Stage, open_run
+from undo_ray.store import Run, Stage, known_identity, open_run
 from undo_ray.types import Damaged, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -675,3 +676,29 @@ def test_after_a_sigkill_at_any_moment_the_same_command_goes_on(tmp_path: Path) 
             except Exception as error:
                 failures[moment] = f"{type(error).__name__}: {error}"
     assert not failures, "\n" + "\n".join(f"killed at moment {moment}: {error}" for moment, error in failures.items())
+
+
+def test_a_run_goes_on_with_the_hub_commits_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    home, commits = tmp_path / "hub/models--org--model", {"old": "0" * 40, "new": "1" * 40}
+    for seed, commit in enumerate(commits.values()):
+        tiny.make(home / "snapshots" / commit, "llama", ["a few words"], seed=seed)
+    main = home / "refs/main"
+    main.parent.mkdir()
+    main.write_text(commits["old"])
+    models = {role: {"model": "org/model"} for role in ("teacher", "student")}
+    spec = recipe(teacher=models["teacher"], student={**models["student"], "tokens": 1000})
+
+    def begin(name: str) -> dict[str, str]:
+        run_dir = str(tmp_path / name)
+        found = loop.checked(spec, ("teacher", "student"), known_identity(run_dir))
+        with open_run(run_dir, spec, found, Progress()):
+            return found
+
+    known = begin("run")
+    assert known == {"teacher.model": commits["old"], "student.model": commits["old"]}
+    main.write_text(commits["new"])
+    assert begin("run") == known
+    assert begin("another")["teacher.model"] == commits["new"]

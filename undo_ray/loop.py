@@ -23,7 +23,7 @@ from undo_ray.generate import attempt, explain, measure, test
 from undo_ray.lessons import accept
 from undo_ray.place import Json
 from undo_ray.progress import Progress
-from undo_ray.store import Run, open_run
+from undo_ray.store import Run, known_identity, open_run
 from undo_ray.track import Tracker
 from undo_ray.train import finetune
 from undo_ray.types import UserError
@@ -86,7 +86,7 @@ def run(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
 
     Raises UserError with one line for whatever the person running it can mend; what is committed stays.
     """
-    with open_run(run_dir, recipe, checked(recipe, ("teacher", "student")), Progress()) as held:
+    with open_run(run_dir, recipe, checked(recipe, ("teacher", "student"), known_identity(run_dir)), Progress()) as held:
         held.mend()
         if known := report.finished(held.place, recipe):
             held.progress.say(f"{run_dir}: this run is finished; raise `rounds` or give another --run-dir to do more")
@@ -108,7 +108,7 @@ def evaluate(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
     """
     if not recipe.data.tests:
         raise UserError("data.tests is empty: there is nothing to evaluate on; name tests in the recipe")
-    with open_run(run_dir, recipe, checked(recipe, ("student",)), Progress()) as held:
+    with open_run(run_dir, recipe, checked(recipe, ("student",), known_identity(run_dir)), Progress()) as held:
         held.mend()
         with working(recipe, held, placement.asked(recipe, training=False), verbose) as recipe:
             held.once("problems", problems.prepare, recipe)
@@ -117,13 +117,20 @@ def evaluate(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         return found
 
 
-def checked(recipe: Recipe, roles: Sequence[str]) -> dict[str, str]:
-    """Fingerprints of the weights behind what the recipe names for these roles, once their engines are known to be there."""
+def checked(recipe: Recipe, roles: Sequence[str], known: Mapping[str, Any]) -> dict[str, str]:
+    """Fingerprints of the weights behind what the recipe names for these roles, once their engines are known to be there.
+
+    `known` is the identity of a run that goes on: of a hub model it keeps the commit, though its branch may have moved since.
+    """
     refs = {f"{role}.model": getattr(recipe, role).model for role in roles if not getattr(recipe, role).engine.remote}
     if "teacher" in roles and recipe.round0.startswith("student:"):
         refs["round0"] = recipe.round0.removeprefix("student:")
     for role in roles:
         engines.check(getattr(recipe, role).engine, f"{role}.engine")
+    wanted = identity(recipe)
+    refs |= {
+        key: models.located(ref, known.get(f"weights of {key}")) for key, ref in refs.items() if known.get(key) == wanted[key]
+    }
     trust = {"teacher.model": recipe.teacher.trust_remote_code}
     student = recipe.student.trust_remote_code
     return {key: models.check(ref, recipe.seed, key, trust.get(key, student)) for key, ref in refs.items()}

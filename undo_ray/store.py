@@ -358,6 +358,12 @@ def recipe_of(run: Place) -> Recipe:
 # -- opening ------------------------------------------------------------------------------------------------------------
 
 
+def known_identity(uri: str) -> Json:
+    """The identity that a run directory was made with; empty where there is none. Raises UserError as `open_run` does."""
+    path = _directory(uri) / "recipe.json"
+    return _began(path)["identity"] if path.exists() else {}
+
+
 @contextmanager
 def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progress) -> Iterator[Run]:
     """Hold a run directory for this recipe; make it when it is new.
@@ -366,7 +372,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
     driver holds the directory, when it belongs to another identity (naming the key and both values), or when what it holds
     cannot be read.
     """
-    place = Place(uri if "://" in uri else os.path.abspath(uri))  # workers have working directories of their own
+    place = _directory(uri)
     path = place / "recipe.json"
     wanted = {**identity(recipe), **{f"weights of {name}": value for name, value in models.items()}}
     start = {"at": now(), "host": socket.gethostname(), "pid": os.getpid()}
@@ -374,7 +380,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
     lease = Lease.take(place)
     try:
         if path.exists():
-            known = path.read_json("restore the file, or start in another --run-dir", "the recipe of a run", _is_recipe)
+            known = _began(path)
             _same_identity(uri, known["identity"], wanted)
         elif any(not re.match(r"(lock|recipe)\.json", name) for name in place.names()):
             raise unusable(f"{uri}: not empty and not a run directory; give another --run-dir")
@@ -384,6 +390,14 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
         yield Run(place, recipe, lease, progress, len(known["starts"]) - 1, wanted)
     finally:
         lease.release()
+
+
+def _directory(uri: str) -> Place:
+    return Place(uri if "://" in uri else os.path.abspath(uri))  # workers have working directories of their own
+
+
+def _began(path: Place) -> Json:
+    return path.read_json("restore the file, or start in another --run-dir", "the recipe of a run", _is_recipe)
 
 
 def _is_recipe(found: Json) -> bool:

@@ -104,11 +104,9 @@ def _train(start: str, recipe: Recipe, out: Stage, state: Place, packed: Place, 
                 _raise_failure(job.failure, spec, error)
                 if not left or not isinstance(error, ControllerError) or FULL in str(error):
                     raise
+                again = f"is started again from the last checkpoint, up to {left} times (student.max_failures)"
                 why = str(error).splitlines()[-1]
-                out.progress.say(
-                    f"round {out.round} · student: Ray Train's controller failed and is started again, up to {left} times "
-                    f"(student.max_failures), from the last checkpoint: {why}"
-                )
+                out.progress.say(f"round {out.round} · student: Ray Train's controller failed and {again}: {why}")
     _raise_failure(job.failure, spec, None)
     report: dict[str, Any] = job.report.read_json(REMEDY)
     return report
