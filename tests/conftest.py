@@ -90,3 +90,26 @@ def s3() -> Iterator[str]:
         )
         yield address
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def on_s3(s3: str) -> tuple[str, str]:
+    """A finished run of `mini` with runs.SHUFFLED whose directory is on S3: its URI, and what it printed."""
+    import runs
+
+    uri = f"s3://runs/whole?endpoint_override={s3}&scheme=http&region=us-east-1"
+    environment = {
+        "RAY_ADDRESS": "",  # a Ray of its own, whose workers have the service's keys
+        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "1",  # as for a cluster whose nodes take half an hour to come
+    }
+    return uri, runs.finish(runs.start("mini", uri, *runs.SHUFFLED, environment=environment))
+
+
+@pytest.fixture(scope="session")
+def shuffled(on_s3: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that run's directory on this machine."""
+    from undo_ray.place import Place
+
+    run_dir = tmp_path_factory.mktemp("shuffled") / "run"
+    Place(on_s3[0]).download(str(run_dir), ["*"])
+    return run_dir

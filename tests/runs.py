@@ -30,6 +30,10 @@ SMALL = (
 )
 """Overrides of `mini` for a whole run of one round that takes about a minute; a later override of a key counts."""
 
+SHUFFLED = (*SMALL, *("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true"))
+"""Options that the other runs leave at their defaults: shuffled feedback, accumulated lessons, a student that goes on from the
+previous one, one validation set."""
+
 
 def start(
     recipe: str, run_dir: Path | str, *overrides: str, environment: dict[str, str] | None = None, job: str = "undo"
@@ -88,6 +92,17 @@ def kill_in(process: subprocess.Popen[str], stage: Path, seconds: float = 240) -
             return
         time.sleep(0.005)
     raise AssertionError(f"{stage} was not begun within {seconds} s")
+
+
+def until(process: subprocess.Popen[str], file: Path, seconds: float = 240) -> str:
+    """Let a run go on until this file is there, and kill it: what comes after has tests of its own. Its output."""
+    deadline = time.monotonic() + seconds
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    output, _ = process.communicate()
+    assert file.exists(), f"no {file}: {output}"
+    return output
 
 
 def report(run_dir: Path) -> dict[str, Any]:

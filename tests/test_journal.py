@@ -257,12 +257,7 @@ def test_a_killed_driver_leaves_what_was_finished_to_the_next(joined: None, tmp_
     process.communicate()
     assert not (stage / "manifest.json").exists()
     kept = {line["key"]: line["generation"]["text"] for line in journal.lines(done)}
-    process = runs.start("mini", tmp_path / "run", *sets)
-    while not (stage / "manifest.json").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
-    process.kill()  # what comes after the stage has tests of its own
-    output, _ = process.communicate()
+    output = runs.until(runs.start("mini", tmp_path / "run", *sets), stage / "manifest.json")
     used = re.search(r"(\d+) generations of an earlier start are used as they are", output)
     assert used and int(used[1]) >= len(kept), "an engine may have finished more before it saw that its driver was gone"
     figures = json.loads((stage / "manifest.json").read_text())["figures"]

@@ -10,21 +10,11 @@ from pathlib import Path
 import pytest
 import runs
 
-SHUFFLED = (*runs.SMALL, *("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true"))
 
-
-@pytest.fixture(scope="module")
-def shuffled(joined: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with shuffled feedback, accumulated lessons, a student that goes on from the previous one, one validation set."""
-    run_dir = tmp_path_factory.mktemp("shuffled") / "run"
-    impatient = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "1"}  # as for a cluster whose nodes take half an hour to come
-    runs.finish(runs.start("mini", run_dir, *SHUFFLED, environment=impatient))
-    return run_dir
-
-
+@pytest.mark.usefixtures("joined")
 def test_a_run_killed_in_every_stage_of_round_1_ends_like_one_that_was_not(shuffled: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = runs.start("mini", run_dir, *SHUFFLED)
+    process = runs.start("mini", run_dir, *runs.SHUFFLED)
     while not any(run_dir.glob("round-00/student/resume/*/train/train/*")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -32,8 +22,8 @@ def test_a_run_killed_in_every_stage_of_round_1_ends_like_one_that_was_not(shuff
     assert "stopped; the same command goes on from the last committed stage" in runs.finish(process, code=130)
     stages = ("attempts", "rationales", "lessons", "student", "measure")
     for stage in stages:
-        runs.kill_in(runs.start("mini", run_dir, *SHUFFLED), run_dir / "round-01" / stage)
-    runs.run("mini", run_dir, *SHUFFLED)
+        runs.kill_in(runs.start("mini", run_dir, *runs.SHUFFLED), run_dir / "round-01" / stage)
+    runs.run("mini", run_dir, *runs.SHUFFLED)
     assert runs.timeless(runs.report(run_dir)) == runs.timeless(runs.report(shuffled))
     assert runs.report(run_dir)["resumes"] == 1 + len(stages)
 

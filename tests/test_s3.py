@@ -11,28 +11,16 @@ import tiny
 from undo_ray import models
 from undo_ray.place import Place
 
-SMALL = (
-    "data.train_limit=40",
-    "data.show=8",
-    "data.select=8",
-    "data.tests=[]",  # four more starts of an engine, and nothing that `measure` does not do on S3 too
-    "rounds=1",
-    "student.tokens=3000",
-    'teacher.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
-    'student.engine={batch_size = 64, lifetime = "run", resources = {cpus = 0.5}}',
-)
 
-
-def test_two_rounds_go_through_on_s3_and_the_same_command_again_says_they_are_done(s3: str) -> None:
-    uri = f"s3://runs/whole?endpoint_override={s3}&scheme=http&region=us-east-1"
-    output = runs.run("mini", uri, *SMALL)
+def test_two_rounds_go_through_on_s3_and_the_same_command_again_says_they_are_done(on_s3: tuple[str, str]) -> None:
+    uri, output = on_s3
     assert uri in output
     place = Place(uri)
     report = (place / "report.json").read_json("")
     assert [record["round"] for record in report["rounds"]] == [0, 1]
-    assert all(record["lessons"] > 20 and record["validation"]["n"] == 8 for record in report["rounds"])
+    assert all(record["lessons"] > 20 and record["validation"]["n"] == 12 for record in report["rounds"])
     for stage in ("problems", "round-00/rationales", "round-01/attempts", "round-01/rationales"):
-        assert (place / stage / "manifest.json").read_json("")["rows"] == 56
+        assert (place / stage / "manifest.json").read_json("")["rows"] == 72
     student = place / report["student"]
     model = student / (student / "manifest.json").read_json("")["try"] / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(model.files())
@@ -42,7 +30,7 @@ def test_two_rounds_go_through_on_s3_and_the_same_command_again_says_they_are_do
 
     before = contents()
     assert "lock.json" not in before, "the run directory is given back at the end"
-    assert "this run is finished" in runs.run("mini", uri, *SMALL)
+    assert "this run is finished" in runs.run("mini", uri, *runs.SHUFFLED)
     assert {
         name: (place / name).read_bytes() for name in place.files() if name not in ("recipe.json", "progress.json")
     } == before
