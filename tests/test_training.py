@@ -153,7 +153,7 @@ def training_workers(count: int, seconds: float = 30) -> list[psutil.Process]:
         time.sleep(0.05)
 
 
-LONG = ("student.epochs=48", "student.checkpoint_steps=20")
+LONG = ("student.epochs=48", "student.learning_rate=1e-3", "student.checkpoint_steps=20")
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
