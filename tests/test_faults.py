@@ -156,16 +156,16 @@ def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], name: s
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run without a fault, and its seconds."""
-    run_dir, begun = tmp_path_factory.mktemp("faults") / "whole", time.monotonic()
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a fault."""
+    run_dir = tmp_path_factory.mktemp("faults") / "whole"
     runs.run("mini", run_dir, *SMALL)
-    return run_dir, time.monotonic() - begun
+    return run_dir
 
 
 @pytest.mark.parametrize("goes_on", [False, True], ids=["Ray of its own", "cluster that goes on"])
 def test_a_driver_killed_at_ten_random_moments(
-    whole: tuple[Path, float], tmp_path: Path, goes_on: bool, request: pytest.FixtureRequest
+    whole: Path, tmp_path: Path, goes_on: bool, request: pytest.FixtureRequest
 ) -> None:
     if goes_on:
         request.getfixturevalue("joined")
@@ -174,20 +174,20 @@ def test_a_driver_killed_at_ten_random_moments(
     for _ in range(10):
         process = runs.start("mini", run_dir, *SMALL)
         try:
-            process.communicate(timeout=draw.uniform(1, whole[1] * (0.3 if goes_on else 0.4)))
+            process.communicate(timeout=draw.uniform(1, 30))
             break  # it was done before its moment
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
     runs.run("mini", run_dir, *SMALL)
-    assert outcome(run_dir) == outcome(whole[0])
+    assert outcome(run_dir) == outcome(whole)
     tokens = watch.tokens()
     assert tokens["twice"] <= 0.01 * tokens["all"]
     note("driver killed", kills, tokens)
 
 
-def test_a_worker_killed_in_every_stage_that_has_some(whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_worker_killed_in_every_stage_that_has_some(whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     watch = Watch(run_dir, tmp_path / "kept")
     process = runs.start("mini", run_dir, *SMALL)
@@ -197,7 +197,7 @@ def test_a_worker_killed_in_every_stage_that_has_some(whole: tuple[Path, float],
         sign = f"{stage}/resume/**/train/step-*" if "student" in stage else f"{stage}/{generated}"
         kill_when(process, lambda sign=sign: any(run_dir.glob(sign)), name, signal.SIGKILL)  # type: ignore[misc]
     runs.finish(process)
-    assert outcome(run_dir) == outcome(whole[0])
+    assert outcome(run_dir) == outcome(whole)
     tokens = watch.tokens()
     assert tokens["twice"] <= 0.01 * tokens["all"]
     note(f"workers killed: {', '.join(killed)}", len(killed), tokens)
@@ -252,9 +252,9 @@ def cut(file: Path) -> None:
         ("round-00/rationales/try-*/rows/*.parquet", "round-01/student/try-*/model/model.safetensors", "report.json"),
     ],
 )
-def test_cut_files_are_set_aside_and_made_again(whole: tuple[Path, float], tmp_path: Path, patterns: tuple[str, ...]) -> None:
+def test_cut_files_are_set_aside_and_made_again(whole: Path, tmp_path: Path, patterns: tuple[str, ...]) -> None:
     run_dir = tmp_path / "run"
-    shutil.copytree(whole[0], run_dir)
+    shutil.copytree(whole, run_dir)
     files = [sorted(run_dir.glob(pattern))[0] for pattern in patterns]
     for file in files:
         cut(file)
@@ -263,11 +263,11 @@ def test_cut_files_are_set_aside_and_made_again(whole: tuple[Path, float], tmp_p
     kept = [file.read_bytes() for file in (run_dir / "damaged").rglob("*") if file.is_file()]
     for file, part in zip(files, broken, strict=True):
         assert re.search(f"{re.escape(str(file.relative_to(run_dir)))}.*set aside as", output) and part in kept
-    assert outcome(run_dir) == outcome(whole[0])
+    assert outcome(run_dir) == outcome(whole)
     note(f"cut: {', '.join(patterns)}", len(patterns))
 
 
-def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     lists = "**/checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints it knows of
     kept = {"round-00/student": (lists, b"step-"), "round-01/rationales": ("generations/done/*.parquet", b"")}
@@ -285,7 +285,7 @@ def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: tuple[Path, floa
             cut(file)
     outputs.append(runs.run("mini", run_dir, *SMALL))
     assert ["set aside as" in output for output in outputs] == [False, True, True], outputs
-    assert outcome(run_dir) == outcome(whole[0])
+    assert outcome(run_dir) == outcome(whole)
     note("cut: checkpoint, generations", len(kept))
 
 
@@ -300,7 +300,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_stops_clearly_and_room_lets_it_go_on(whole: tuple[Path, float], small_disk: Path) -> None:
+def test_a_full_disk_stops_clearly_and_room_lets_it_go_on(whole: Path, small_disk: Path) -> None:
     run_dir, room = small_disk / "run", (12, 48)
     sets = (*SMALL, "student.max_failures=0")  # what is full stays so for every try
     for size in room:
@@ -308,12 +308,12 @@ def test_a_full_disk_stops_clearly_and_room_lets_it_go_on(whole: tuple[Path, flo
         assert "No space left on device; make room" in output.splitlines()[-1], output
         subprocess.run(["mount", "-o", f"remount,size={size}m", small_disk], check=True)
     runs.run("mini", run_dir, *sets)
-    assert outcome(run_dir) == outcome(whole[0])
+    assert outcome(run_dir) == outcome(whole)
     note("disk full", len(room))
 
 
 def test_a_store_that_fails_now_and_then_and_then_for_good(
-    whole: tuple[Path, float], flaky_s3: tuple[str, dict[str, Any]], tmp_path: Path
+    whole: Path, flaky_s3: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     address, state = flaky_s3
     uri = f"s3://runs/flaky?endpoint_override={address}&scheme=http&region=us-east-1"
@@ -329,7 +329,7 @@ def test_a_store_that_fails_now_and_then_and_then_for_good(
     output = runs.run("mini", uri, *SMALL)
     assert not state["lists"] and output.count("Ray Train's controller failed and is started again") >= 2
     Place(uri).download(str(tmp_path / "run"), ["*"])
-    assert outcome(tmp_path / "run") == outcome(whole[0])
+    assert outcome(tmp_path / "run") == outcome(whole)
     note("store failing", state["failed"])
 
 
@@ -371,7 +371,7 @@ def flaky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, A
 # -- nodes --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_node_dies_in_every_stage_once_in_its_commit(whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_node_dies_in_every_stage_once_in_its_commit(whole: Path, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -393,7 +393,7 @@ def test_a_node_dies_in_every_stage_once_in_its_commit(whole: tuple[Path, float]
         runs.finish(process)
     finally:
         cluster.shutdown()
-    assert outcome(run_dir) == outcome(whole[0])
+    assert outcome(run_dir) == outcome(whole)
     tokens = watch.tokens()
     assert tokens["twice"] <= 0.01 * tokens["all"]
     note("node killed", 6, tokens)
@@ -430,7 +430,7 @@ def test_a_thousand_poison_rows(tmp_path: Path) -> None:
     note("poison rows", 1000)
 
 
-def test_a_head_that_is_started_again_goes_on_with_the_job_submitted_again(whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_head_that_is_started_again_goes_on_with_the_job_submitted_again(whole: Path, tmp_path: Path) -> None:
     import head
 
     run_dir = tmp_path / "run"
@@ -442,7 +442,7 @@ def test_a_head_that_is_started_again_goes_on_with_the_job_submitted_again(whole
         cluster.die()
     with head.started() as cluster:
         output = cluster.submit(*command)
-    assert "best round" in output and outcome(run_dir) == outcome(whole[0])
+    assert "best round" in output and outcome(run_dir) == outcome(whole)
     note("head killed", 1)
 
 
