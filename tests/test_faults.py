@@ -167,12 +167,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_driver_killed_at_ten_random_moments(
     whole: Path, tmp_path: Path, goes_on: bool, request: pytest.FixtureRequest
 ) -> None:
-    if goes_on:
-        request.getfixturevalue("joined")
+    environment = {"RAY_ADDRESS": request.getfixturevalue("address")} if goes_on else {}
     run_dir, draw, kills = tmp_path / "run", random.Random(goes_on), 0
     watch = Watch(run_dir, tmp_path / "kept")
     for _ in range(10):
-        process = runs.start("mini", run_dir, *SMALL)
+        process = runs.start("mini", run_dir, *SMALL, environment=environment)
         try:
             process.communicate(timeout=draw.uniform(1, 30))
             break  # it was done before its moment
@@ -180,7 +179,7 @@ def test_a_driver_killed_at_ten_random_moments(
             process.kill()
             process.communicate()
             kills += 1
-    runs.run("mini", run_dir, *SMALL)
+    runs.finish(runs.start("mini", run_dir, *SMALL, environment=environment))
     assert outcome(run_dir) == outcome(whole)
     tokens = watch.tokens()
     assert tokens["twice"] <= 0.01 * tokens["all"]
