@@ -55,20 +55,20 @@ def cluster() -> None:
     loop.start_ray(verbose=False)
 
 
-@pytest.fixture(scope="module")
-def joined(address: str) -> Iterator[None]:
-    """Runs that a module's tests start join the Ray of `cluster`, as jobs do: one of its own takes each seven seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", address)
-        yield
-
-
 @pytest.fixture(scope="session")
 def address(cluster: None) -> str:
     """That Ray's, as RAY_ADDRESS has it."""
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="module")
+def joined(address: str) -> Iterator[None]:
+    """Runs that a module's tests start join the Ray of `cluster`, as jobs do: one of its own takes each seven seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", address)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ SMALL = (
 )
 """Overrides of `mini` for a whole run of one round that takes about a minute; a later override of a key counts."""
 
-SHUFFLED = (*SMALL, *("gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true"))
+SHUFFLED = (*SMALL, "gap.feedback=shuffled", "lessons.mode=accumulate", "student.start=previous", "data.shared=true")
 """Options that the other runs leave at their defaults: shuffled feedback, accumulated lessons, a student that goes on from the
 previous one, one validation set."""
 

@@ -8,7 +8,6 @@ quarantine. Figures are counted on the written rows, part by part, so that the d
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -25,7 +24,7 @@ from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
 from undo_ray.engines.journal import busy, finished, interrupted, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
-from undo_ray.place import Place, plain_rows
+from undo_ray.place import Place, absolute, plain_rows
 from undo_ray.problems import held, test_name
 from undo_ray.prompts import Case, Parse
 from undo_ray.store import Stage, dataset, split_rows
@@ -402,9 +401,7 @@ def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
     spec = recipe.teacher
     if role != "teacher" or spec.cache is False:
         return None
-    given = str(spec.cache)
-    named = Place(given if "://" in given else os.path.abspath(given))  # workers have working directories of their own
-    folder = out.ledger.place.beside(".generations") if spec.cache is True else named
+    folder = out.ledger.place.beside(".generations") if spec.cache is True else absolute(str(spec.cache))
     alike = ("teacher.sampling.", "teacher.engine.", "weights of teacher.model")
     known = {key: value for key, value in out.ledger.identity.items() if key.startswith(alike)}
     return folder / digest([known, [spec.model, spec.engine.endpoint.base_url] if spec.engine.remote else None])

@@ -74,6 +74,11 @@ def cache() -> Path:
     return Path(os.environ.get("UNDO_RAY_CACHE") or Path.home() / ".cache" / "undo_ray")
 
 
+def absolute(uri: str) -> Place:
+    """The place of a URI or of a path as people give it, good in any process: workers have working directories of their own."""
+    return Place(uri if "://" in uri else os.path.abspath(uri))
+
+
 @dataclass(frozen=True)
 class Place:
     """A file or folder on some file system; picklable, so that workers can write to it.

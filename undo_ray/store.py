@@ -38,7 +38,7 @@ from pydantic import ValidationError
 
 from undo_ray.config import Recipe, digest, identity, one_line
 from undo_ray.lease import Lease
-from undo_ray.place import Json, Place, plain_rows
+from undo_ray.place import Json, Place, absolute, plain_rows
 from undo_ray.progress import Progress
 from undo_ray.types import Damaged, Row, UserError, now, unusable
 
@@ -360,7 +360,7 @@ def recipe_of(run: Place) -> Recipe:
 
 def known_identity(uri: str) -> Json:
     """The identity that a run directory was made with; empty where there is none. Raises UserError as `open_run` does."""
-    path = _directory(uri) / "recipe.json"
+    path = absolute(uri) / "recipe.json"
     return _began(path)["identity"] if path.exists() else {}
 
 
@@ -372,7 +372,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
     driver holds the directory, when it belongs to another identity (naming the key and both values), or when what it holds
     cannot be read.
     """
-    place = _directory(uri)
+    place = absolute(uri)
     path = place / "recipe.json"
     wanted = {**identity(recipe), **{f"weights of {name}": value for name, value in models.items()}}
     start = {"at": now(), "host": socket.gethostname(), "pid": os.getpid()}
@@ -390,10 +390,6 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
         yield Run(place, recipe, lease, progress, len(known["starts"]) - 1, wanted)
     finally:
         lease.release()
-
-
-def _directory(uri: str) -> Place:
-    return Place(uri if "://" in uri else os.path.abspath(uri))  # workers have working directories of their own
 
 
 def _began(path: Place) -> Json:

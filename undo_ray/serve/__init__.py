@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from undo_ray import placement
 from undo_ray.config import MEMORY_KNOBS, Engine
 from undo_ray.gap import best
-from undo_ray.place import Place
+from undo_ray.place import absolute
 from undo_ray.store import WORKER_SAID, committed, recipe_of, records
 from undo_ray.types import UserError, unusable
 
@@ -70,7 +70,7 @@ def find(run_dir: str, k: int | None = None) -> Student:
 
     Raises UserError when the directory is not a run's, or the round has no student (yet).
     """
-    place = Place(run_dir if "://" in run_dir else os.path.abspath(run_dir))
+    place = absolute(run_dir)
     recipe = recipe_of(place)
     if k is None:
         try:
