@@ -3,6 +3,7 @@
 The S3 service is moto's, on localhost. Ray takes no part: the stages here write Parquet with pyarrow and return values.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -552,6 +554,44 @@ def test_the_lease_of_another_machine_is_respected_until_it_is_not_renewed(place
     lease_of_another(place, age=lease.LEASE_SECONDS + 1)
     with opened(place) as run:
         assert held_by(place) == (os.getpid(), run.lease.token)
+
+
+def test_of_drivers_that_find_a_dead_lease_together_one_takes_the_directory(local: Place) -> None:
+    with opened(local):
+        content = (local / "lock.json").read_bytes()
+    for _ in range(100):
+        (local / "lock.json").write_bytes(content)
+        lease_of_another(local, age=lease.LEASE_SECONDS + 1)
+        together, taken = threading.Barrier(6), list[lease.Lease]()
+
+        def take(together: threading.Barrier = together, taken: list[lease.Lease] = taken) -> None:
+            together.wait()
+            with contextlib.suppress(UserError):
+                taken.append(lease.Lease.take(local))
+
+        threads = [threading.Thread(target=take) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [holder] = taken
+        holder.check()
+        holder.release()
+    assert not [name for name in local.names() if name.startswith("lock.json")]
+
+
+def test_a_driver_that_died_as_it_took_over_holds_nobody_up_for_long(local: Place) -> None:
+    with opened(local):
+        content = (local / "lock.json").read_bytes()
+    (local / "lock.json").write_bytes(content)
+    lease_of_another(local, age=lease.LEASE_SECONDS + 1)
+    claim = Path(local.path, f"lock.json.{'0' * 32}.dead")
+    claim.touch()
+    assert "another driver takes this run directory at the same time" in refused(lambda: enter(local))
+    os.utime(claim, (0, time.time() - lease.LEASE_SECONDS - 1))
+    with opened(local) as run:
+        run.lease.check()
+    assert not claim.exists()
 
 
 def test_a_lease_that_was_never_written_whole_holds_nobody_up(place: Place) -> None:

@@ -7,10 +7,12 @@ started within the same second may both believe they hold it; the first commit a
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -49,7 +51,8 @@ class Lease:
                         f"{lease.place.uri}: held by pid {holder['pid']} on {holder['host']} since {holder['since']}; wait for "
                         f"it, stop it, or start again {LEASE_SECONDS} s after it died"
                     )
-                lease.place.remove()
+                if holder is not None:
+                    lease._clear(holder)
         except OSError as error:
             what = f"cannot be used as a run directory ({str(error).splitlines()[0]}); give one that can be written"
             raise unusable(f"{run.uri}: {what}") from None
@@ -75,6 +78,27 @@ class Lease:
             return False
         self.place.write_json(self._content())
         return True
+
+    def _clear(self, dead: dict[str, Any]) -> None:
+        """Take a dead holder's lock away, or one that cannot be read. On a local disk one driver at a time may do so, and looks
+        once more: the lock may be a living driver's by now, who took the dead one's away before."""
+        if not isinstance(self.place.fs, pafs.LocalFileSystem):
+            self.place.remove()
+            return
+        claim = f"{self.place.path}.{dead.get('token', 'damaged')}.dead"
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            with suppress(FileNotFoundError):  # it is gone already
+                if time.time() - os.path.getmtime(claim) > LEASE_SECONDS:  # whose driver died over it
+                    os.remove(claim)
+            return
+        try:
+            found = _read(self.place)
+            if found is not None and found.get("token") == dead.get("token"):
+                self.place.remove()
+        finally:
+            os.remove(claim)
 
     def check(self) -> None:
         """Raises UserError when another driver has taken the directory over."""
@@ -104,16 +128,22 @@ class Lease:
 
 def holder(run: Place) -> tuple[dict[str, Any] | None, bool]:
     """(who holds a run directory or held it when it died, whether it lives); (None, False) where nobody does."""
-    found = _read(run / "lock.json")
+    found = _read(run / "lock.json") or None
     return found, found is not None and not _dead(found)
 
 
 def _read(lock: Place) -> dict[str, Any] | None:
-    """What a lock says; None when there is none, or one that cannot be a driver's."""
+    """What a lock says; None when there is none, {} when it cannot be a driver's."""
     try:
-        return lock.read_json("", valid=lambda found: found.keys() >= _KEYS)
-    except (FileNotFoundError, UserError):
+        return lock.read_json("", valid=_is_lease)
+    except FileNotFoundError:
         return None
+    except UserError:
+        return {}
+
+
+def _is_lease(found: dict[str, Any]) -> bool:
+    return found.keys() >= _KEYS and bool(re.fullmatch(r"[0-9a-f]{32}", str(found["token"])))
 
 
 def _dead(holder: dict[str, Any]) -> bool:
