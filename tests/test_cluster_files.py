@@ -326,16 +326,24 @@ def of_kuberay() -> Json:
 BOTH = pytest.mark.parametrize("cluster", [of_aws, of_kuberay])
 
 
-def started(found: Json, actors: list[Json], workers: list[Json], gone: tuple[str, ...] = ()) -> tuple[dict[str, int], int]:
+def started(
+    found: Json, actors: list[Json], workers: list[Json], failed: tuple[tuple[str, str], ...] = ()
+) -> tuple[dict[str, int], int]:
     """(nodes by type that Ray's autoscaler would start for these actors and this group of workers, how many have no place).
 
-    `gone`: types the cloud has just refused.
+    `failed`: types whose last node did not come, and the state it ended in.
     """
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
     from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
 
+    monitor = CloudResourceMonitor()
+    monitor.notify(
+        [InstanceUpdateEvent(instance_type=name, new_instance_status=getattr(Instance, state)) for name, state in failed]
+    )
     known, make = AutoscalingConfig(found, skip_content_hash=True), ResourceRequestUtil.make  # else it reads the token
     request = SchedulingRequest(
         disable_launch_config_check=True,
@@ -343,7 +351,8 @@ def started(found: Json, actors: list[Json], workers: list[Json], gone: tuple[st
         max_num_nodes=known.get_max_num_nodes(),
         resource_requests=ResourceRequestUtil.group_by_count([make(each) for each in actors]),
         gang_resource_requests=[GangResourceRequest(requests=[make(each) for each in workers])] if workers else [],
-        recoverable_resource_availabilities=dict.fromkeys(gone, 0.0),
+        cloud_resource_availabilities=monitor.get_resource_availabilities(),
+        recoverable_resource_availabilities=monitor.get_recoverable_resource_availabilities(),
     )
     reply = ResourceDemandScheduler().schedule(request)
     homeless = len(reply.infeasible_resource_requests) + len(reply.infeasible_gang_resource_requests)
@@ -367,10 +376,17 @@ def test_one_spot_node_holds_each_stage_of_a_recipe(cluster: ClusterConfig, name
 
 @BOTH
 def test_what_starts_next_when_spot_is_gone_or_taken(cluster: ClusterConfig) -> None:
+    """A pod that does not come up is as a machine that does not; a machine that AWS refuses is asked for again, as the guide
+    says, until it is switched off."""
     one, found = recipe("math"), copy.deepcopy(cluster())
     teacher = asks(one.teacher.engine.resources, one.teacher.engine.replicas)
     training = asks(one.student.resources, one.student.workers)
-    assert started(found, teacher, [], gone=("teacher_spot",)) == ({"cpu": 1, "teacher": 1}, 0)
+    on_demand = ({"cpu": 1, "teacher": 1}, 0)
+    assert started(found, teacher, [], (("teacher_spot", "ALLOCATION_TIMEOUT"),)) == on_demand
+    assert started(found, teacher, [], (("teacher_spot", "ALLOCATION_FAILED"),)) == ({"cpu": 1, "teacher_spot": 1}, 0)
+    without = copy.deepcopy(found)
+    without["available_node_types"]["teacher_spot"]["max_workers"] = 0
+    assert started(without, teacher, []) == on_demand
     assert started(found, teacher, training) == ({"cpu": 1, "teacher_spot": 1, "teacher": 1}, 0)  # lifetime = "run"
     found["available_node_types"]["teacher"]["max_workers"] = 0
     assert started(found, teacher, training) == ({"cpu": 1, "teacher_spot": 1, "training": 1}, 0)
