@@ -299,15 +299,21 @@ def test_without_a_tokenizer_the_shown_examples_are_measured_in_bytes() -> None:
     delta = gap.Gap(0, (case,) * 50, nothing, nothing)
     tree = {"data": {"train": "gsm8k"}, "student": {"model": "m", "epochs": 1.0}}
     made = {"model": "big", "template": "prefix", "prompt_tokens": 1500, "engine": {"kind": "openai"}}
-    shown = generate._shown(delta, Recipe.model_validate({**tree, "teacher": made}), 1)
+
+    def fitting(teacher: dict[str, Any]) -> tuple[Case, ...]:
+        recipe = Recipe.model_validate({**tree, "teacher": teacher})
+        return generate._shown(delta, recipe, 1, *generate._reader(recipe))
+
+    shown = fitting(made)
     prompt = TEMPLATES["prefix"].render
     fits, more = (len(prompt((case,) * n, Case(""), "")[0]["content"].encode()) for n in (len(shown), len(shown) + 1))
     assert 0 < len(shown) < 50 and fits <= 1500 * 2.5 < more
-    # With a context there must also be room for the history and the answer: 8,000 - 2 x (512 + 512) - 512 > 1,500 tokens.
-    for context, same in ((8000, True), (4000, False)):
-        bounded = {**made, "engine": {"kind": "openai", "context": context}}
-        found = generate._shown(delta, Recipe.model_validate({**tree, "teacher": bounded}), 1)
+    # With a context there must also be room for two rationales of the history, an attempt and the answer, of 512 tokens each.
+    for context, same in ((4 * 512 + 1500, True), (4 * 512 + 1000, False)):
+        found = fitting({**made, "engine": {"kind": "openai", "context": context}})
         assert (found == shown) == same and found
+    with pytest.raises(UserError, match=r"the teacher reads 2048 tokens, and 3 of its answers .* leave no room for examples"):
+        fitting({**made, "engine": {"kind": "openai", "context": 4 * 512}})
 
 
 # -- through the pool ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import tiny
 
-from undo_ray import engines
+from undo_ray import engines, models
 from undo_ray.config import Engine, Sampling
 from undo_ray.engines import prompt_ids
 from undo_ray.mini import models as mini
@@ -75,6 +75,36 @@ def test_batched_transformers_writes_what_plain_generate_writes(llama: str, shar
         assert [completion.token_ids for completion in completions] == reference(llama, prompts, 24)
     common = next(i for i in range(9999) if len({prompt[i] for prompt in prompts}) > 1)
     assert {completion.cached_tokens for completion in completions} == ({common} if shared else {0})
+
+
+def test_a_shared_part_whose_pass_failed_is_computed_anew(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the memory was short for it; what an earlier batch shared must not stand in for it."""
+    import torch
+
+    from undo_ray.engines.hf import Transformers
+
+    backend = Transformers(llama, Engine(), Sampling(max_tokens=24))
+    answers(backend, chats(llama, [SHARED + question for question in QUESTIONS]), [0] * len(QUESTIONS))
+    plain, calls = backend.model.forward, 0
+
+    def short(*args: Any, **others: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError("no room")
+        return plain(*args, **others)
+
+    monkeypatch.setattr(backend.model, "forward", short)
+    prompts = chats(llama, [SHARED[::-1] + question for question in QUESTIONS])
+    assert [found.token_ids for found in answers(backend, prompts, [0] * len(prompts))] == reference(llama, prompts, 24)
+
+
+def test_the_context_of_a_model_that_sees_images_too_is_that_of_its_text() -> None:
+    from transformers import Gemma3Config, Gemma3TextConfig, LlamaConfig
+
+    text = Gemma3TextConfig(max_position_embeddings=8192)
+    assert models.context(Gemma3Config(text_config=text)) == 8192
+    assert models.context(LlamaConfig(max_position_embeddings=512)) == 512
 
 
 def test_an_answer_cut_short_says_so_and_an_ended_one_too() -> None:

@@ -43,7 +43,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(0.1):
-            for file in self.run_dir.glob("**/resume/generations/done/*.parquet"):
+            for file in self.run_dir.glob("**/resume/generations/*/done/*.parquet"):
                 there = self.home / "-".join(file.relative_to(self.run_dir).parts)
                 try:
                     os.link(file, there)
@@ -100,21 +100,27 @@ class Soak(threading.Thread):
         reader.start()
         while self.process.poll() is None:
             if (self.run_dir / f"round-{len(self.looks):02d}/record.json").exists():
-                with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+                with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # it ended just now
                     self.looks.append(self._look(driver))
             time.sleep(0.1)
         reader.join()
 
     def _look(self, driver: psutil.Process) -> dict[str, float]:
         return {
-            "memory": driver.memory_info().rss / 2**20,
+            "memory": _status(driver.pid, "RssAnon"),
             "files": float(driver.num_fds()),
             "threads": float(driver.num_threads()),
             "processes": float(len(driver.children(recursive=True))),
             # Ray's logs are five files for each of its processes.
             "temporary": float(sum("logs" not in file.parts for file in self.temporary.rglob("*"))),
-            "shared memory": sum(f.stat().st_size for f in Path("/dev/shm").glob("plasma*")) / 2**20,
+            "shared memory": _status(driver.pid, "RssShmem"),  # of Ray's object store, whose file has no name
         }
+
+
+def _status(pid: int, field: str) -> float:
+    """One kind of a process's resident memory, MB."""
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 2**10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,7 +196,7 @@ def test_a_worker_killed_in_every_stage_that_has_some(whole: Path, tmp_path: Pat
     run_dir = tmp_path / "run"
     watch = Watch(run_dir, tmp_path / "kept")
     process = runs.start("mini", run_dir, *SMALL)
-    generated, killed = "resume/generations/done/*", ("ray::Host", "ray::Host", "Replica", "RayTrainWorker")
+    generated, killed = "resume/generations/*/done/*", ("ray::Host", "ray::Host", "Replica", "RayTrainWorker")
     stages = ("round-00/rationales", "round-01/attempts", "round-01/rationales", "round-01/student")
     for stage, name in zip(stages, killed, strict=True):
         sign = f"{stage}/resume/**/train/step-*" if "student" in stage else f"{stage}/{generated}"
@@ -269,7 +275,7 @@ def test_cut_files_are_set_aside_and_made_again(whole: Path, tmp_path: Path, pat
 def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     lists = "**/checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints it knows of
-    kept = {"round-00/student": (lists, b"step-"), "round-01/rationales": ("generations/done/*.parquet", b"")}
+    kept = {"round-00/student": (lists, b"step-"), "round-01/rationales": ("generations/*/done/*.parquet", b"")}
     outputs = []
     for stage, (sign, text) in kept.items():
         process = runs.start("mini", run_dir, *SMALL)

@@ -499,6 +499,40 @@ def test_every_sample_of_a_row_has_a_seed_of_its_own_that_batches_do_not_change(
     assert not set(generate._seeds(0, "attempt", 1, range(3), ROW)) & set(seeds)
 
 
+def test_a_student_that_is_trained_again_answers_for_itself(cluster: None, tmp_path: Path) -> None:
+    """Its stage was cut off half-way through `measure`, and then its weights were found damaged."""
+    import ray.data
+
+    from undo_ray.mini import models
+
+    rows = [
+        {**ROW, "id": f"m{n}", "task": "mini", "split": ("show", "select")[n % 2], "question": f"what is {n} + 3 ?"}
+        for n in range(8)
+    ]
+    made = {"engine": {"batch_size": 8}, "sampling": {"max_tokens": 8}}
+    recipe = Recipe.model_validate(
+        {"data": {"train": "mini"}, "teacher": {"model": "t"}, "student": {"model": "s", "tokens": 1000, **made}}
+    )
+    asked = ray.data.from_arrow(pa.Table.from_pylist(rows, schema=ROWS))
+
+    def cut_off(student: str, out: Stage) -> None:
+        generate.measure(asked, student, recipe, out)
+        raise RuntimeError("a node was lost")
+
+    first, again = models.student(0), models.teacher(0)
+    with open_run(str(tmp_path / "run"), recipe, {}, Progress()) as run:
+        step = run.round(0)
+        with pytest.raises(RuntimeError):
+            step.once("measure", cut_off, first)
+        step.once("measure", generate.measure, asked, again, recipe)
+        assert step.manifests["measure"]["figures"]["resumed"] == 0
+        with pytest.raises(RuntimeError):
+            run.round(1).once("measure", cut_off, again)
+        step = run.round(1)
+        step.once("measure", generate.measure, asked, again, recipe)
+        assert step.manifests["measure"]["figures"]["resumed"] == 8
+
+
 # -- quarantine ---------------------------------------------------------------------------------------------------------
 
 
@@ -510,7 +544,7 @@ def test_rows_the_engine_failed_on_are_copied_apart_and_too_many_of_them_fail_th
 
     def attempts(limit: float, out: Stage) -> None:
         files = out.write(ray.data.from_arrow(pa.Table.from_pylist(rows, schema=ROWS)))
-        generate._figures(gap.total(gap.tally(rows)), files, out, Engine(max_errors=limit), "student")
+        generate._figures(gap.total(gap.tally(rows)), files, out, Engine(max_errors=limit), "student", out.resume)
 
     recipe = Recipe.model_validate(
         {"data": {"train": "gsm8k"}, "teacher": {"model": "t"}, "student": {"model": "s", "tokens": 1000}}

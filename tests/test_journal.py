@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import runs
 import tiny
 
 from undo_ray import engines
-from undo_ray.config import Engine, Sampling
+from undo_ray.config import Engine, Sampling, digest
 from undo_ray.engines import journal, kept
 from undo_ray.engines.journal import Journal, key
 from undo_ray.place import Place
 from undo_ray.types import UserError
 
+TEACHER = "undo_ray.mini.models:teacher"
 GENERATION = {"text": "4", "finish_reason": "stop", "prompt_tokens": 3, "cached_tokens": 0, "completion_tokens": 2}
 
 
@@ -115,6 +117,33 @@ def test_rows_in_flight_at_a_death_go_apart_in_ever_smaller_groups(tmp_path: Pat
     assert sorted(i for group in groups for i in group) == [i for i in range(120) if i != 42]
     assert Journal(place, "a").killed(keys[42]) and not Journal(place, "a").killed(keys[41])
     assert not Journal(place, "b").killed(keys[42]), "another replica has its own deaths"
+
+
+def test_rows_that_were_in_flight_at_deaths_hold_up_the_others_until_each_has_been_answered(tmp_path: Path) -> None:
+    place, keys = Place(str(tmp_path)), [key(chat(i), 0) for i in range(4)]
+    with pytest.raises(RuntimeError), Journal(place, "a").flight(keys):
+        raise RuntimeError("preempted")
+    second = Journal(place, "a")
+    second.add(keys[0], generation("zero"))
+    second.add(keys[1], generation("one"))
+    second.flush()
+    with pytest.raises(RuntimeError), second.flight(keys[2:]):
+        raise RuntimeError("preempted again")
+    third = Journal(place, "a")  # the first two rows have left the stage: nobody asks for them again
+    assert not isinstance(third.turn, nullcontext)
+    third.add(keys[2], generation("two"))
+    third.add(keys[3], {**generation(""), "engine_error": "too long"})
+    assert isinstance(third.turn, nullcontext)
+    third.flush()
+    assert journal.finished(place) == 3, "one that failed is asked for again by the next start"
+
+
+def test_replicas_are_those_that_a_pool_had_at_once(tmp_path: Path) -> None:
+    """One after another: a pool of one, whose replica was started again, a pool of two, and a pool of one."""
+    place = Place(str(tmp_path))
+    for pool, replica in ("pa", "pa", "qb", "qc", "rd"):
+        Journal(place, replica).started(1.0, pool)
+    assert len(journal.starts(place)) == 5 and journal.replicas(journal.starts(place)) == 2
 
 
 def test_a_row_that_was_alone_in_an_engine_killed_once_is_asked_again(tmp_path: Path) -> None:
@@ -248,7 +277,7 @@ def test_a_killed_driver_leaves_what_was_finished_to_the_next(joined: None, tmp_
     sets = ["rounds=0", "data.train_limit=120", "data.select=8", "data.show=4", "data.tests=[]", "student.tokens=2000"]
     sets += ["teacher.engine={batch_size = 8}", "student.engine={batch_size = 32}"]
     stage = tmp_path / "run/round-00/rationales"
-    process, done = runs.start("mini", tmp_path / "run", *sets), Place(str(stage / "resume/generations"))
+    process, done = runs.start("mini", tmp_path / "run", *sets), Place(str(stage / "resume/generations" / digest(TEACHER)))
     deadline = time.monotonic() + 240
     while journal.finished(done) < 24:
         assert time.monotonic() < deadline and process.poll() is None

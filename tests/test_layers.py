@@ -40,7 +40,7 @@ NEVER = {
 LIGHT = ("types", "config", "prompts", "frame", "grading", "gap")
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets")
 
-CODE_LINES = 7_900
+CODE_LINES = 8_000
 DRIVER_LINES = 40
 
 

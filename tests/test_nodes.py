@@ -76,7 +76,7 @@ def test_a_pool_grows_with_its_cluster_and_both_shrink_again(growing: Cluster, t
     most, engines = 0, 0
     while process.poll() is None:
         most = max(most, growing.alive())
-        engines = max(engines, len(list((tmp_path / "run").glob("round-00/rationales/resume/generations/starts/*.json"))))
+        engines = max(engines, len(list((tmp_path / "run").glob("round-00/rationales/resume/generations/*/starts/*.json"))))
         time.sleep(0.5)
     reader.join()
     assert process.returncode == 0, output

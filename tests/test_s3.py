@@ -8,7 +8,7 @@ import pytest
 import runs
 import tiny
 
-from undo_ray import models
+from undo_ray import config, loop, models
 from undo_ray.place import Place
 
 
@@ -46,6 +46,9 @@ def test_an_object_that_s3_does_not_copy_by_itself_is_moved(s3: str, monkeypatch
 
 def test_a_hub_model_is_the_same_on_every_node() -> None:
     assert models.located("org/student", "0f1e2d") == models.located("org/student@main", "0f1e2d") == "org/student@0f1e2d"
+    given = config.load(runs.ROOT / "jobs/recipes/math.toml").model_copy(update={"round0": "student:org/first"})
+    found = loop.located(given, {"weights of round0": "0f1e2d", "weights of teacher.model": "3c4b5a"})
+    assert found.round0 == "student:org/first@0f1e2d" and found.teacher.model.endswith("@3c4b5a")
 
 
 def test_a_driver_knows_a_model_behind_a_uri_without_its_weights(

@@ -127,8 +127,10 @@ def test_any_trained_round_can_be_asked_for(held: Run) -> None:
 def test_what_a_run_directory_says_cannot_name_code_to_vllm(held: Run) -> None:
     """Its recipe.json is a file like any other: only the knobs of memory are taken from it."""
     kwargs = {"load_format": "pt", "worker_cls": "os.system", "trust_remote_code": True, "max_num_seqs": 7}
-    engine = serve.find(held.place.uri).engine.model_copy(update={"kind": "vllm", "kwargs": kwargs})
-    assert serve.served(engine, serve.Asked()).kwargs == {"max_num_seqs": 7}
+    engine = serve.find(held.place.uri).engine
+    for executor, taken in (("mp", {"distributed_executor_backend": "mp"}), ("runs.math-a.evil.Executor", {})):
+        asked = engine.model_copy(update={"kind": "vllm", "kwargs": {**kwargs, "distributed_executor_backend": executor}})
+        assert serve.served(asked, serve.Asked()).kwargs == {"max_num_seqs": 7, **taken}
 
 
 def test_what_ran_over_several_nodes_is_served_on_one(held: Run) -> None:

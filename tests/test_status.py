@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from undo_ray import status
+from undo_ray import report, status
 from undo_ray.config import Recipe
 from undo_ray.place import Place
 from undo_ray.progress import Board, Progress, line
@@ -67,6 +67,29 @@ def test_a_killed_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert f"killed: pid {pid}" in status.text(found) and "the same command goes on" in status.text(found)
 
 
+@pytest.mark.parametrize("stopped", ["converged", "no_lessons"])
+def test_what_has_come_to_its_end_says_so_and_why(tmp_path: Path, stopped: str) -> None:
+    with opened(tmp_path / "run") as run:
+        run.round(0).once("rationales", look)
+        (run.place / "report.json").write_json(
+            {"goal": report._goal(RECIPE), "stopped": stopped, "rounds": [], "primary_test": None}
+        )
+    found = status.read(str(tmp_path / "run"))
+    assert (found["state"], found["ended"], found["current"]) == ("finished", stopped, None)
+    assert ("no rationale was accepted" in status.text(found)) == (stopped == "no_lessons")
+    more = RECIPE.model_copy(update={"rounds": 9})
+    with open_run(str(tmp_path / "run"), more, {}, Progress(open(os.devnull, "w"))):
+        pass
+    assert status.read(str(tmp_path / "run"))["state"] == "stopped", "there is more to do"
+
+
+def test_a_model_that_was_evaluated_is_finished(tmp_path: Path) -> None:
+    with opened(tmp_path / "run") as run:
+        (run.place / "evaluation.json").write_json({"model": "small/student", "tests": {}})
+    found = status.read(str(tmp_path / "run"))
+    assert (found["state"], found["ended"]) == ("finished", "evaluated") and "evaluation.json" in status.text(found)
+
+
 def test_the_last_errors_outlive_their_drivers(tmp_path: Path) -> None:
     def fail(error: Exception, out: Stage) -> None:
         raise error
@@ -84,14 +107,15 @@ def test_the_last_errors_outlive_their_drivers(tmp_path: Path) -> None:
 
 def test_what_engines_died_of_is_told_while_their_stage_goes_on(tmp_path: Path) -> None:
     def die(out: Stage) -> None:
-        (out.resume / "generations/flight/a/1-x.json").write_json(
+        (out.resume / "generations/model/flight/a/1-x.json").write_json(
             {"keys": [], "life": "x", "error": "RuntimeError: out of memory"}
         )
         look(out)
 
     with opened(tmp_path / "run") as run:
-        [error] = run.round(0).once("rationales", die)["errors"]
-    assert error["stage"] == "round 0 · rationales" and error["error"] == "engine: RuntimeError: out of memory"
+        for step, title in ((run.round(0), "round 0 · rationales"), (run.tests(RECIPE), "tests · rationales")):
+            [error] = step.once("rationales", die)["errors"]
+            assert error["stage"] == title and error["error"] == "engine: RuntimeError: out of memory"
 
 
 def test_times_to_come_are_those_of_the_round_before(tmp_path: Path) -> None:
@@ -100,7 +124,8 @@ def test_times_to_come_are_those_of_the_round_before(tmp_path: Path) -> None:
     (run / "recipe.json").write_json({"recipe": RECIPE.model_dump(mode="json"), "identity": {}, "starts": []})
     figures = {"done": 300.0, "total": 400.0, "tokens": 6000.0, "asked": 300.0, "accepted": 240.0, "errors": 2.0}
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    state = {"round": 1, "stage": "rationales", "title": "round 1 · rationales", "figures": figures, "seconds": 60.0, "at": at}
+    stage = {"round": 1, "stage": "rationales", "title": "round 1 · rationales", "folder": "round-01/rationales"}
+    state = {**stage, "figures": figures, "seconds": 60.0, "at": at}
     (run / "progress.json").write_json({**state, "errors": []})
     current = status.read(str(tmp_path))["current"]
     assert current["left"] == pytest.approx(20.0)  # 100 rows at 5 a second

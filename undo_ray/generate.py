@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
 from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
-from undo_ray.engines.journal import busy, finished, interrupted, share, starts
+from undo_ray.engines.journal import busy, finished, interrupted, replicas, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
 from undo_ray.place import Place, absolute, plain_rows
@@ -58,13 +58,18 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
     import numpy as np
     import ray
 
-    _resumed(out)
     k, spec, feedback = out.round, recipe.teacher, recipe.gap.feedback
+    _resumed(out, spec.model)
+    tokenizer, budget = _reader(recipe)
     cases: tuple[Case, ...] = ()
     shown_ref = permuted_ref = None
     parse: Parse = prompts.parse_solve
     if k and feedback != "none":
-        cases = _shown(ray.get(gap_ref), recipe, k)
+        delta = ray.get(gap_ref)
+        cases = _shown(delta, recipe, k, tokenizer, budget)
+        if len(cases) < len(delta.shown):
+            room = f"{budget:,} tokens (the least of teacher.prompt_tokens and what the teacher's context leaves)"
+            out.progress.say(f"{len(cases)} of {len(delta.shown)} examples are shown: {room} hold no more")
         shown_ref = ray.put(cases)
         permuted_ref = _permuted(rows, recipe, k) if feedback == "shuffled" else None
         parse = prompts.TEMPLATES[spec.template].parse
@@ -90,26 +95,26 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
         if number < len(waves):  # executed before the next begins: one pool of engines at a time, and no row asked in vain
             files = out.write(rows, f"waves/{number}")
             if number == 1:  # all rows asked about: an engine that fails on too many is not asked again
-                _counted(files, out, spec.engine, "teacher")
+                _counted(files, out, spec.engine, "teacher", spec.model)
             rows = dataset(files)
     close = partial(_closed, k=k, keep=recipe.gap.history, select=recipe.lessons.select)
     files = out.write(rows.union(*parts).map_batches(close, batch_format="pyarrow"))
     (out.place / "waves").remove()
-    prefix = _prefix(recipe, _Explain(shown_ref, None, spec.template, feedback, None))
-    totals = gap.total(_counted(files, out, spec.engine, "teacher", prefix or 0))
+    prefix = _prefix(recipe, _Explain(shown_ref, None, spec.template, feedback, None), tokenizer)
+    totals = gap.total(_counted(files, out, spec.engine, "teacher", spec.model, prefix or 0))
     possible = (prefix or 0) * (totals["generations"] - totals["broken"])
     out.note(prefix={"tokens": prefix, "cached": round(totals["prefix_tokens"] / possible, 4) if possible else None})
     if cache := _cache(out, recipe, "teacher"):
-        _shared(cache, out)
+        _shared(_journal(out, spec.model), cache, out)
     refused = {what.removeprefix("refused "): n for what, n in sorted(totals.items()) if what.startswith("refused ")}
     hints = [hint for _, hint in waves if hint]
     hinted = {hint: {"asked": totals[f"hinted {hint}"], "accepted": totals[f"accepted {hint}"]} for hint in hints}
     out.note(asked=totals["asked"], hinted=hinted, shown=len(cases), refused=refused)
 
 
-def _shared(cache: Place, out: Stage) -> None:
+def _shared(journal: Place, cache: Place, out: Stage) -> None:
     """Put what the stage's engines made into the cache; what they took from there counts as reused, and not as made."""
-    reused = share(_journal(out), cache)
+    reused = share(journal, cache)
     free = {name: sum(generation[f"{name}_tokens"] for generation in reused) for name in out.figures["tokens"]}
     tokens = {name: count - free[name] for name, count in out.figures["tokens"].items()}
     out.note(tokens=tokens, reused={"generations": len(reused), **free})
@@ -152,17 +157,17 @@ def _where(rows: Dataset, test: Callable[[Row], bool], wanted: bool) -> Dataset:
     return rows.map_batches(kept, batch_format="pyarrow", zero_copy_batch=True)
 
 
-def _shown(delta: Gap, recipe: Recipe, k: int) -> tuple[Case, ...]:
-    """Δ's examples as this round's prompts show them: after the feedback control, and as many as the token budget holds."""
+def _shown(delta: Gap, recipe: Recipe, k: int, tokenizer: Any, budget: int) -> tuple[Case, ...]:
+    """Δ's examples as this round's prompts show them: after the feedback control, and as many as the budget of tokens holds.
+
+    Without a tokenizer they are counted by bytes, on the high side.
+    """
     cases = gap.shuffled(delta.shown, row_seed(recipe.seed, "shuffle", k)) if recipe.gap.feedback == "shuffled" else delta.shown
-    spec = recipe.teacher
-    tokens, context = _counter(recipe)
-    budget = spec.prompt_tokens
-    if context:  # beside the examples: the question's own history, a solution it may be hinted with, and the answer
-        own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
-        own += spec.sampling.max_tokens if spec.hints in ("solution", "cascade") else 0
-        budget = min(budget, context - own - spec.sampling.max_tokens)
-    render = prompts.TEMPLATES[spec.template].render
+    render = prompts.TEMPLATES[recipe.teacher.template].render
+
+    def tokens(text: str) -> float:
+        return len(tokenizer(text)["input_ids"]) if tokenizer else len(text.encode()) / BYTES_PER_TOKEN
+
     while cases and tokens(render(cases, Case(""), "")[0]["content"]) > budget:
         cases = cases[:-1]
     return cases
@@ -173,27 +178,37 @@ BYTES_PER_TOKEN = 2.5
 numbers into digits: GSM8K 3.9 and 2.4, MATH 3.0 and 2.7."""
 
 
-def _counter(recipe: Recipe) -> tuple[Callable[[str], float], int | None]:
-    """(how many tokens of the teacher a text has, its context). Behind an endpoint the first is an estimate on the high side,
-    by bytes, and the second what the recipe says or unknown."""
-    spec = recipe.teacher
-    if spec.engine.remote:
-        return lambda text: len(text.encode()) / BYTES_PER_TOKEN, spec.engine.context
-    directory, trust = models.local(spec.model, recipe.seed, weights=False), spec.trust_remote_code
-    tokenizer = models.tokenizer(directory, trust)
-    context = spec.engine.context or models.config(directory, trust).max_position_embeddings
-    return lambda text: len(tokenizer(text)["input_ids"]), context
+def _reader(recipe: Recipe) -> tuple[Any, int]:
+    """(the teacher's tokenizer, None behind an endpoint; tokens that the examples may take in a prompt).
+
+    Raises UserError where the teacher's context has no room for any: asked in round 0, before anything was spent.
+    """
+    spec, tokenizer, context = recipe.teacher, None, recipe.teacher.engine.context
+    if not spec.engine.remote:
+        directory, trust = models.local(spec.model, recipe.seed, weights=False), spec.trust_remote_code
+        tokenizer = models.tokenizer(directory, trust)
+        context = context or models.context(models.config(directory, trust))
+    if not context:
+        return tokenizer, spec.prompt_tokens
+    # Beside the examples: the question's own history, a solution it may be hinted with, and the answer.
+    answers = recipe.gap.history + (spec.hints in ("solution", "cascade")) + 1
+    room = context - answers * spec.sampling.max_tokens - recipe.student.sampling.max_tokens
+    if room <= 0 and recipe.gap.feedback in ("real", "shuffled", "block"):
+        raise UserError(
+            f"the teacher reads {context} tokens, and {answers} of its answers (teacher.sampling.max_tokens, gap.history) with "
+            "one of the student's leave no room for examples; lower these, or raise teacher.engine.context"
+        )
+    return tokenizer, min(spec.prompt_tokens, room)
 
 
-def _prefix(recipe: Recipe, render: engines.Render) -> int | None:
+def _prefix(recipe: Recipe, render: engines.Render, tokenizer: Any) -> int | None:
     """Tokens with which all prompts of a round begin, up to the question; None behind an endpoint.
 
     That is what the prompts of two questions share that differ from the first letter on.
     """
-    spec = recipe.teacher
-    if spec.engine.remote:
+    if tokenizer is None:
         return None
-    tokenizer = models.tokenizer(models.local(spec.model, recipe.seed, weights=False), spec.trust_remote_code)
+    spec = recipe.teacher
     task = tasks.parse_source(recipe.data.train, TRAIN)[0].reference
     rows = [{"id": "", "task": task, "question": text, "choices": None, "history": None} for text in ("A", "7")]
     first, other = (engines.prompt_ids(tokenizer, render(row) or [], **spec.engine.chat_template_kwargs) for row in rows)
@@ -348,11 +363,11 @@ def answer(
 ) -> gap.Tally:
     """Student(k)'s answers to the questions of these splits, and their tally; training questions enter them in `history`."""
     seeds, judge = partial(_seeds, recipe.seed, "attempt", k, range(samples)), partial(_judge_attempt, k=k)
-    _resumed(out)
+    _resumed(out, student)
     out.progress.total(rows.count())
     render = partial(_solver, splits)
     files = out.write(_answered(rows, recipe, "student", student, render, prompts.parse_solve, judge, seeds, out))
-    return _counted(files, out, recipe.student.engine, "student")
+    return _counted(files, out, recipe.student.engine, "student", student)
 
 
 def _solver(splits: Collection[str]) -> engines.Render:
@@ -391,9 +406,10 @@ def attempted(row: Row, attempts: Sequence[Row]) -> Row:
 # -- shared -------------------------------------------------------------------------------------------------------------
 
 
-def _journal(out: Stage) -> Place:
-    """Where the engines of a stage keep what they finish."""
-    return out.resume / "generations"
+def _journal(out: Stage, model: str) -> Place:
+    """Where the engines of a stage keep what they finish: a folder for each model, since a student that was damaged is trained
+    again, and may then answer otherwise."""
+    return out.resume / "generations" / digest(model)
 
 
 def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
@@ -407,10 +423,11 @@ def _cache(out: Stage, recipe: Recipe, role: str) -> Place | None:
     return folder / digest([known, [spec.model, spec.engine.endpoint.base_url] if spec.engine.remote else None])
 
 
-def _resumed(out: Stage) -> None:
+def _resumed(out: Stage, model: str) -> None:
     """Note and say what an earlier start of this stage left in the journal, once what cannot be read there is set aside."""
-    known = finished(_journal(out), lambda file: out.ledger.set_aside(file, f"{file.uri}: not a whole Parquet file"))
-    begun = interrupted(_journal(out))
+    journal = _journal(out, model)
+    known = finished(journal, lambda file: out.ledger.set_aside(file, f"{file.uri}: not a whole Parquet file"))
+    begun = interrupted(journal)
     out.note(resumed=known, interrupted={"driver": begun})
     if known:
         out.progress.say(f"{known} generations of an earlier start are used as they are; {begun} were in flight and are lost")
@@ -433,7 +450,7 @@ def _answered(
     blocks = rows.repartition(target_num_rows_per_block=spec.engine.batch_size)
     local = partial(str, model) if spec.engine.remote else partial(models.local, model, recipe.seed)
     cache, trust = _cache(out, recipe, role), spec.trust_remote_code
-    work = engines.Work(role, spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out), cache, trust)
+    work = engines.Work(role, spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out, model), cache, trust)
     answered = engines.generate(blocks, work, out.ledger.engines)
     grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
     return answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
@@ -485,13 +502,13 @@ def _judge(
     return pa.Table.from_pylist(rows, schema=ROWS)
 
 
-def _counted(files: list[Place], out: Stage, engine: Engine, role: str, prefix: int = 0) -> gap.Tally:
+def _counted(files: list[Place], out: Stage, engine: Engine, role: str, model: str, prefix: int = 0) -> gap.Tally:
     """The tally of what a stage wrote, its figures noted. `prefix`: see `gap.tally`."""
     import ray
 
     count = ray.remote(_count).options(num_cpus=0.5)
     counts = sum(ray.get([count.remote(file, ROLES[role][0], prefix) for file in files]), gap.Tally())
-    _figures(gap.total(counts), files, out, engine, role)
+    _figures(gap.total(counts), files, out, engine, role, _journal(out, model))
     return counts
 
 
@@ -502,13 +519,14 @@ def _count(file: Place, column: str, prefix: int) -> gap.Tally:
     return sum((gap.tally(plain_rows(batch, file.uri), column, prefix) for batch in batches), gap.Tally())
 
 
-def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engine, role: str) -> None:
+def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engine, role: str, journal: Place) -> None:
     """Note the stage's token counts; quarantine rows the engine failed on, and fail when they are too many."""
     failures, failed = totals["broken"], totals["failed"]
     out.note(generations=totals["generations"], good=totals["good"], unparsed=totals["unparsed"], engine_errors=failures)
     tokens = {name: totals[f"{name}_tokens"] for name in ("prompt", "cached", "completion")}
-    begun, at_work = starts(_journal(out)), busy(_journal(out))
-    out.note(tokens=tokens, gpus=min(engine.replicas, len(begun)) * engine.resources.gpus)  # a pool may not have grown to all
+    begun, at_work = starts(journal), busy(journal)
+    # A pool may not have grown to all, and a replica that went may have been followed by another.
+    out.note(tokens=tokens, gpus=min(engine.replicas, replicas(begun)) * engine.resources.gpus)
     out.note(engine_start_seconds=round(max((start["seconds"] for start in begun), default=0.0), 3))
     out.note(engine_seconds=round(at_work, 3))
     lost = sum(start["interrupted"] for start in begun)

@@ -156,11 +156,13 @@ def working(recipe: Recipe, held: Run, asks: Sequence[placement.Ask], verbose: b
 def located(recipe: Recipe, known: Mapping[str, Any]) -> Recipe:
     """The recipe with its models as workers find them; the run's identity, `known`, has their fingerprints."""
     roles = ("student",) if recipe.teacher.engine.remote else ("teacher", "student")
-    update = {}
+    update: Json = {}
     for role in roles:
         part, fingerprint = getattr(recipe, role), known.get(f"weights of {role}.model")
         update[role] = part.model_copy(update={"model": models.located(part.model, fingerprint)})
-    return recipe.model_copy(update=update)
+    given, _, ref = recipe.round0.partition(":")
+    round0 = f"student:{models.located(ref, known.get('weights of round0'))}" if given == "student" else recipe.round0
+    return recipe.model_copy(update={**update, "round0": round0})
 
 
 def finish(recipe: Recipe, run: Run, records: list[Json], stopped: str) -> Json:
@@ -219,11 +221,10 @@ def start_ray(verbose: bool) -> None:
 
 def _reach(address: str) -> None:
     """Raise UserError when nothing listens at HOST:PORT; Ray 2.60 would try for more than ten minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or "//" in host:  # `auto`, or a way of its own
+    if not (there := _host_port(address)):
         return
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection(there, timeout=10).close()
     except OSError as error:
         why = f"no Ray answers there ({error.strerror or error})"
         remedy = "start the cluster, or unset RAY_ADDRESS to work on this machine alone"
@@ -232,11 +233,16 @@ def _reach(address: str) -> None:
 
 def _inward(address: str) -> bool:
     """Whether a Ray is on the loopback interface of this machine alone, as one that was started by `start_ray` is."""
-    host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+    if not (there := _host_port(address)) or there[0] not in ("127.0.0.1", "localhost"):
         return False
     with socket.socket() as outer:
-        return outer.connect_ex((ray.util.get_node_ip_address(), int(port))) != 0
+        return outer.connect_ex((ray.util.get_node_ip_address(), there[1])) != 0
+
+
+def _host_port(address: str) -> tuple[str, int] | None:
+    """HOST:PORT taken apart; None of another form, such as `auto` or `ray://…`."""
+    host, _, port = address.rpartition(":")
+    return (host, int(port)) if port.isdecimal() and "//" not in host else None
 
 
 @contextmanager

@@ -65,6 +65,13 @@ def config(directory: str, trust: bool) -> Any:
     return AutoConfig.from_pretrained(directory, trust_remote_code=trust)
 
 
+def context(config: Any) -> int | None:
+    """Tokens that a model of this configuration reads at most; None where it does not say. One that sees images too has a
+    configuration of its own for text."""
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(longest) if longest else None
+
+
 def weights(directory: str, trust: bool, **options: Any) -> Any:
     """Its causal language model; `options` of transformers."""
     from transformers import AutoModelForCausalLM

@@ -104,12 +104,13 @@ class Progress:
             self.board.set.remote(total=rows)
 
     @contextmanager
-    def stage(self, name: str, k: int, title: str) -> Iterator[None]:
-        """While the block runs, this is the stage in progress. `title`: what people read, such as `round 1 · measure`."""
+    def stage(self, name: str, k: int, title: str, folder: str) -> Iterator[None]:
+        """While the block runs, this is the stage in progress. `title`: what people read, such as `round 1 · measure`.
+        `folder`: where it lies in the run directory."""
         start = time.monotonic()
         if self.board is not None:
             self.board.begin.remote(*((k, name) if k >= 0 else (None, title)))
-        self._state |= {"round": k, "stage": name, "title": title, "figures": {}, "seconds": 0.0}
+        self._state |= {"round": k, "stage": name, "title": title, "folder": folder, "figures": {}, "seconds": 0.0}
         self._save()
         stop = threading.Event()
         thread = threading.Thread(target=self._follow, args=(title, start, stop), daemon=True, name="undo_ray progress")

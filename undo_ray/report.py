@@ -130,11 +130,17 @@ def _goal(recipe: Recipe) -> str:
     return digest({key: value for key, kind, value in leaves(recipe) if kind == "extendable"})
 
 
-def finished(run: Place, recipe: Recipe) -> Json | None:
-    """The report of a run directory that has reached this recipe's goal; None while there is something to do."""
+def ended(run: Place, recipe: Recipe) -> Json | None:
+    """The report of a run directory that has gone as far as this recipe lets it; None while there is something to do."""
     place = run / "report.json"
     report = _read(place) if place.exists() else None
-    return report if report and report["goal"] == _goal(recipe) and report["stopped"] != "no_lessons" else None
+    return report if report and report["goal"] == _goal(recipe) else None
+
+
+def finished(run: Place, recipe: Recipe) -> Json | None:
+    """The same where it reached its goal: a run that ended without lessons says so anew when it is started again."""
+    report = ended(run, recipe)
+    return report if report and report["stopped"] != "no_lessons" else None
 
 
 def read(run_dir: str) -> Json:

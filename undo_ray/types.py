@@ -129,6 +129,7 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(printable(message).replace("\n", " "))
         self.exit_code = exit_code
+        self.add_note(f"exit code {exit_code}")  # ends its traceback, which may be all that leaves a worker
 
 
 class Damaged(UserError):

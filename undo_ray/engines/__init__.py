@@ -175,7 +175,7 @@ class Replica:
             self.journal.failed(error, work.name)
             logging.getLogger(__name__).exception("the engine did not start")
             os._exit(1)
-        self.journal.started(time.monotonic() - begun)
+        self.journal.started(time.monotonic() - begun, pool)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         jobs: list[Job] = []
@@ -205,8 +205,7 @@ class Replica:
         try:
             with self.journal.flight([job.key for job in jobs]):
                 for index, found in self.speaker.answer([job.chat for job in jobs], [job.seed for job in jobs]):
-                    if found["engine_error"] is None:
-                        self.journal.add(jobs[index].key, found)
+                    self.journal.add(jobs[index].key, found)
                     yield index, found
         except UserError:
             self.journal.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +40,7 @@ class Transformers:
         self.tokenizer = models.tokenizer(directory, self.trust)
         model = models.weights(directory, self.trust, dtype=getattr(torch, self.engine.dtype))
         self.model = model.to(self.device).eval()
-        self.context = self.engine.context or self.model.config.max_position_embeddings
+        self.context = self.engine.context or models.context(self.model.config) or sys.maxsize
         sampling = self.sampling
         self.ends = set(models.ends(self.tokenizer, self.model.generation_config))
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
@@ -63,6 +64,8 @@ class Transformers:
         try:
             return self._complete(prompts, seeds)
         except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if self.device == "cuda":
+                torch.cuda.synchronize()  # raises where the device is lost: it would fail on every row, and the process must go
             if len(prompts) == 1:
                 return [f"{type(error).__name__}: {error}"[:1000]]
         half = len(prompts) // 2
@@ -119,7 +122,11 @@ class Transformers:
             return 0
         if prompts[0][:length] == self.prefix:  # exactly: what is counted as cached must not depend on earlier batches
             return length
-        self.prefix = prompts[0][:length]
-        ids = torch.tensor([self.prefix], device=self.device)
+        self.prefix, self.prefix_cache = (
+            [],
+            None,
+        )  # before there is a second one, and lest a pass that fails leave the wrong one
+        ids = torch.tensor([prompts[0][:length]], device=self.device)
         self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.prefix = prompts[0][:length]
         return length

@@ -106,9 +106,15 @@ def share(place: Place, cache: Place) -> list[Row]:
 
 
 def starts(place: Place) -> list[Row]:
-    """{seconds, ready, interrupted} of each start of a replica: how long it took, when it was done (Unix time), and how many
-    generations were in flight when it died before."""
+    """{pool, replica, seconds, ready, interrupted} of each start of a replica: how long it took, when it was done (Unix time),
+    and how many generations were in flight when it died before."""
     return [json.loads(file.read_bytes()) for file in _files(place / "starts", ".json")]
+
+
+def replicas(begun: Sequence[Row]) -> int:
+    """How many replicas one pool had at most, by what `starts` gave: a stage may have had several pools, one after another."""
+    pools = Counter(pool for pool, _ in {(start["pool"], start["replica"]) for start in begun})
+    return max(pools.values(), default=0)
 
 
 def busy(place: Place) -> float:
@@ -145,11 +151,11 @@ class Journal:
         self._interrupted = len({bytes.fromhex(key) for keys in newest for key in keys} - self._known.keys())
         self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
-        self._tried = place / "failed" / f"{replica}.json"
+        self._replica, self._tried = replica, place / "failed" / f"{replica}.json"
         self._begun: list[str] = json.loads(self._tried.read_bytes())["errors"] if self._tried.exists() else []
         self._busy_file, self._at_work, self._busy, self._since = place / "busy" / f"{uuid.uuid4().hex}.json", 0, 0.0, 0.0
         self._life = uuid.uuid4().hex[:8]
-        self._open, self._alone = set(self._suspects), threading.Lock()
+        self._open, self._alone = self._suspects.keys() - self._known.keys(), threading.Lock()
         if lives > DEATHS:
             reason = deaths[-1].get("error", "a kill")
             raise UserError(
@@ -171,10 +177,11 @@ class Journal:
                 exit_code=5,
             ) from error
 
-    def started(self, seconds: float) -> None:
-        """Note that the replica is up."""
+    def started(self, seconds: float, pool: str) -> None:
+        """Note that the replica is up. `pool`: a name that no other pool has."""
         self._tried.remove()
-        known = {"seconds": seconds, "ready": time.time(), "interrupted": self._interrupted}
+        who = {"pool": pool, "replica": self._replica}
+        known = {**who, "seconds": seconds, "ready": time.time(), "interrupted": self._interrupted}
         (self._place / "starts" / f"{uuid.uuid4().hex}.json").write_json(known)
 
     @property
@@ -234,10 +241,13 @@ class Journal:
         file.remove()
 
     def add(self, key: bytes, generation: Row) -> None:
-        """Keep a finished generation; it is on disk when another comes `FLUSH` seconds later, or at `flush`."""
+        """Keep a finished generation; it is on disk when another comes `FLUSH` seconds later, or at `flush`. One that failed
+        is not kept: the next start asks for it again."""
         with self._lock:
-            self._new.append({"key": key, "generation": generation, "reused": False})
             self._open.discard(key)
+            if generation["engine_error"] is not None:
+                return
+            self._new.append({"key": key, "generation": generation, "reused": False})
             if time.monotonic() - self._flushed < FLUSH:
                 return
         self.flush()

@@ -22,7 +22,7 @@ from undo_ray import placement
 from undo_ray.config import MEMORY_KNOBS, Engine
 from undo_ray.gap import best
 from undo_ray.place import absolute
-from undo_ray.store import WORKER_SAID, committed, recipe_of, records
+from undo_ray.store import committed, recipe_of, records, said
 from undo_ray.types import UserError, unusable
 
 APP = "undo-ray"
@@ -33,6 +33,9 @@ REPLICAS = {"transformers": "undo_ray.serve.hf:Transformers", "vllm": "undo_ray.
 
 IN_FLIGHT = 4
 """Requests handed to a transformers replica at a time: one is worked on, the others need not wait for the proxy."""
+
+EXECUTOR, EXECUTORS = "distributed_executor_backend", ("mp", "ray", "uni")
+"""vLLM's own, by name. It imports any other text as a class's."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,10 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 def served(engine: Engine, asked: Asked) -> Engine:
     """The run's engine as it is served. Of what a run directory says of vLLM only the memory knobs are taken: other arguments
-    could name code or weights to load."""
+    could name code or weights to load, and so could an executor, which vLLM imports when it is none of its own."""
     kind = asked.engine or engine.kind
-    kwargs = {name: value for name, value in engine.kwargs.items() if name in MEMORY_KNOBS} if kind == "vllm" else {}
+    taken = MEMORY_KNOBS if engine.kwargs.get(EXECUTOR) in EXECUTORS else MEMORY_KNOBS - {EXECUTOR}
+    kwargs = {name: value for name, value in engine.kwargs.items() if name in taken} if kind == "vllm" else {}
     update: dict[str, Any] = {"kind": kind, "kwargs": kwargs, "nodes": 1}  # a replica of Ray Serve lies on one
     if kind == "transformers":
         update |= {"tensor_parallel": 1, "pipeline_parallel": 1}
@@ -202,10 +206,9 @@ def _deploy(model: str, engine: Engine, asked: Asked) -> None:
     except RuntimeError:
         found = ray_serve.status().applications[APP]
         text = "\n".join([found.message, *(one.message for one in found.deployments.values())])
-        said = re.search(rf"{re.escape(WORKER_SAID)}(.+)$", text, re.MULTILINE)
         last = [line.strip() for line in text.splitlines() if line.strip()][-1]
-        why = said[1] if said else f"the student did not come up: {last}; --verbose shows more"
-        raise UserError(why, exit_code=1) from None
+        unknown = UserError(f"the student did not come up: {last}; --verbose shows more", exit_code=1)
+        raise (said(text) or unknown) from None
 
 
 def _end() -> None:

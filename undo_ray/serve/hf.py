@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import sys
 import threading
 import time
 import uuid
@@ -153,8 +154,8 @@ class Transformers:
         self.tokenizer = models.tokenizer(directory, trust=False)
         loaded = models.weights(directory, trust=False, dtype=getattr(torch, engine.dtype))
         self.model = loaded.to("cuda" if engine.resources.gpus else "cpu").eval()
-        longest = self.model.config.max_position_embeddings
-        self.context = min(engine.context or longest, longest)
+        known = [longest for longest in (engine.context, models.context(self.model.config)) if longest]
+        self.context = min(known, default=sys.maxsize)
         self.ends = set(models.ends(self.tokenizer, self.model.generation_config))
         pad = self.tokenizer.pad_token_id
         self.pad = min(self.ends) if pad is None else pad

@@ -95,7 +95,8 @@ def pack(tokens: Place, spec: Student, seed: int, place: Place) -> dict[str, Any
     lengths, where = dict(zip(names, counts, strict=True)), {key: index for index, key in enumerate(names)}
     prompts = dict(zip(names, table["prompt"].to_pylist(), strict=True))
     held = sorted(key for key in names if held_out(key, seed, spec.held_out))
-    taught = {key: count for key, count in lengths.items() if key not in set(held)}
+    apart = set(held)
+    taught = {key: count for key, count in lengths.items() if key not in apart}
     if not taught:  # a handful of chats
         held, taught = [], lengths
     steps = training_steps(taught, seed, spec)

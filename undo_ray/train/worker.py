@@ -72,9 +72,10 @@ def work(config: dict[str, Job]) -> None:
     except Damaged as error:  # of one worker's share perhaps, while the others wait for it
         failed(job, str(error), error.exit_code, error.place)
         raise
-    except UserError as error:  # every worker met it
-        if ray.train.get_context().get_world_rank() == 0:
-            failed(job, str(error), error.exit_code)
+    except UserError as error:
+        failed(job, str(error), error.exit_code)
+        if ray.train.get_context().get_world_size() > 1:  # the others may not have met it, and would wait for this one
+            raise
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not out_of_memory(error):
             raise
