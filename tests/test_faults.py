@@ -455,10 +455,10 @@ def test_thirty_rounds_stay_flat(soak: Soak) -> None:
     """Memory of the driver, its open files and threads, what Ray's object store holds, and temporary files."""
     soak.join()
     assert soak.process.returncode == 0 and len(soak.looks) >= 30, soak.output
-    early, late = soak.looks[3:10], soak.looks[-7:]
+    early, late = soak.looks[9:16], soak.looks[-7:]  # a driver that has been warm for a while
     grown = {
         key: sum(look[key] for look in late) / len(late) - sum(look[key] for look in early) / len(early) for key in late[0]
     }
-    note("soak: growth over 20 rounds " + json.dumps({key: round(value, 1) for key, value in grown.items()}), 30)
-    assert grown["memory"] < 40 and grown["files"] < 8 and grown["threads"] < 8, grown
-    assert grown["processes"] < 4 and grown["temporary"] < 40, grown
+    note("soak: growth over 15 rounds " + json.dumps({key: round(value, 1) for key, value in grown.items()}), 30)
+    assert grown["memory"] < 25 and grown["files"] < 8 and grown["threads"] < 8, grown
+    assert grown["processes"] < 4 and grown["temporary"] < 40 and grown["shared memory"] < 8, grown

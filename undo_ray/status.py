@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -85,7 +86,7 @@ def _engine_errors(run: Place, state: Json) -> Iterator[Json]:
     """What engines of the stage in progress died of, newest last."""
     resume = run / state["folder"] / store.RESUME / "generations"
     # MODEL/flight/REPLICA/FILE.json, MODEL/failed/FILE.json
-    found = [name for name in resume.files() if name.endswith(".json") and name.split("/")[1] in ("flight", "failed")]
+    found = [name for name in resume.files() if re.fullmatch(r"\w+/(flight|failed)/.+\.json", name)]
     for name in found[-ENGINE_ERRORS:]:
         try:
             noted = json.loads((resume / name).read_bytes())

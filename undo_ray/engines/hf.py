@@ -122,10 +122,8 @@ class Transformers:
             return 0
         if prompts[0][:length] == self.prefix:  # exactly: what is counted as cached must not depend on earlier batches
             return length
-        self.prefix, self.prefix_cache = (
-            [],
-            None,
-        )  # before there is a second one, and lest a pass that fails leave the wrong one
+        # Before there is a second one, and lest a pass that fails leave the wrong one.
+        self.prefix, self.prefix_cache = [], None
         ids = torch.tensor([prompts[0][:length]], device=self.device)
         self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         self.prefix = prompts[0][:length]
