@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,17 +99,32 @@ def s3() -> Iterator[str]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def on_s3(s3: str) -> tuple[str, str]:
-    """A finished run of `mini` with runs.SHUFFLED whose directory is on S3: its URI, and what it printed."""
+@pytest.fixture(scope="session", autouse=True)
+def begun_on_s3(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any] | None]:
+    """A run of `mini` with runs.SHUFFLED whose directory is on S3: its URI and its process. It goes on beside the first tests,
+    which work on one core."""
+    if not any("on_s3" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
     import runs
 
-    uri = f"s3://runs/whole?endpoint_override={s3}&scheme=http&region=us-east-1"
+    uri = f"s3://runs/whole?endpoint_override={request.getfixturevalue('s3')}&scheme=http&region=us-east-1"
     environment = {
         "RAY_ADDRESS": "",  # a Ray of its own, whose workers have the service's keys
         "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "1",  # as for a cluster whose nodes take half an hour to come
     }
-    return uri, runs.finish(runs.start("mini", uri, *runs.SHUFFLED, environment=environment))
+    process = runs.start("mini", uri, *runs.SHUFFLED, environment=environment)
+    yield uri, process
+    process.kill()
+
+
+@pytest.fixture(scope="session")
+def on_s3(begun_on_s3: tuple[str, Any]) -> tuple[str, str]:
+    """That run, finished: its URI, and what it printed."""
+    import runs
+
+    uri, process = begun_on_s3
+    return uri, runs.finish(process)
 
 
 @pytest.fixture(scope="session")

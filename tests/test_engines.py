@@ -189,7 +189,7 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(llama: str) -> None:
     assert first == again != other
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_vllm_writes_what_transformers_writes_and_does_so_with_other_weights(tied: bool, tmp_path: Path) -> None:
     """With tied embeddings vLLM's CPU build would keep the old head: there only a new process can have the new weights."""
     pytest.importorskip("vllm")

@@ -238,7 +238,7 @@ def test_a_killed_engine_is_replaced_and_its_finished_rows_are_not_asked_again(
     assert first == 0 < second <= 96 - len(killed[0]), "what was in flight is counted"
 
 
-@pytest.mark.parametrize("lifetime", ["stage", "run"])
+@pytest.mark.parametrize("lifetime", [pytest.param("stage", marks=pytest.mark.slow), "run"])
 def test_a_row_that_kills_its_engine_is_given_up_and_the_others_are_answered(
     cluster: None, model: str, tmp_path: Path, lifetime: str
 ) -> None:

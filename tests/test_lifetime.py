@@ -202,6 +202,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_an_engine_over_two_nodes_answers_as_one_does(models: list[str], tmp_path: Path) -> None:
     """vLLM's own Ray executor, a layer split over workers on two emulated nodes, and the model fetched on both."""
     pytest.importorskip("vllm")

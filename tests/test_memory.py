@@ -53,9 +53,11 @@ CASES = {
     "vocabulary": ({**NARROW, "vocab_size": 100_000, "hidden_size": 128, "num_hidden_layers": 2}, {"micro_tokens": 2048}),
 }
 
+SLOW = ("bfloat16", "recomputed", "vocabulary")
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "bfloat16" else []) for name in CASES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES])
 def test_the_formula_foretells_the_measured_peak(name: str) -> None:
     # glibc would keep freed blocks below a growing threshold: the peak would be the allocator's.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}

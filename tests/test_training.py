@@ -129,7 +129,7 @@ def test_the_lessons_held_out_are_measured_before_and_after(one: tuple[Path, dic
     assert figures["held_out_nll"]["after"] == pytest.approx(loss(exported, held), rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
 def test_two_workers_learn_what_one_learns(one: tuple[Path, dict[str, Any]], base: str, tmp_path: Path, mode: str) -> None:
     two, figures = train(tmp_path / "two", base, "student.workers=2", f"student.sharding={mode}", "student.micro_tokens=40")
     assert figures["steps"] == one[1]["steps"] and figures["passes"] == one[1]["passes"] >= 4
