@@ -372,7 +372,7 @@ def at(server: Server) -> str:
 
 def test_a_run_whose_key_is_refused_ends_with_one_line_and_without_the_key(server: Server, logs: Path, tmp_path: Path) -> None:
     server.always = "401"
-    output = runs.run("mini", tmp_path / "run", *SMALL, at(server), code=1)
+    output = runs.run("mini", tmp_path / "run", *SMALL, at(server), code=2)
     start = f"undo-ray: http://127.0.0.1:{server.server_port}/v1: it does not accept the key in $OPENAI_API_KEY; export a valid"
     [line] = [line for line in output.splitlines() if line.startswith("undo-ray:")]  # Ray may add a word as it goes
     assert line.startswith(start)
