@@ -156,6 +156,7 @@ def training_workers(count: int, seconds: float = 30) -> list[psutil.Process]:
 LONG = ("student.epochs=48", "student.learning_rate=1e-3", "student.checkpoint_steps=20")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     cluster: None, base: str, tmp_path: Path
 ) -> None:
