@@ -524,6 +524,7 @@ def test_a_student_that_is_trained_again_answers_for_itself(cluster: None, tmp_p
         step = run.round(0)
         with pytest.raises(RuntimeError):
             step.once("measure", cut_off, first)
+        assert list((tmp_path / "run").glob("round-00/measure/resume/generations/*/done/*.parquet"))
         step.once("measure", generate.measure, asked, again, recipe)
         assert step.manifests["measure"]["figures"]["resumed"] == 0
 
