@@ -175,9 +175,9 @@ def test_a_round_in_one_line() -> None:
 
 
 def test_a_report_that_is_not_there_is_asked_for(tmp_path: Any) -> None:
-    with pytest.raises(UserError, match=r"has no report\.json; is it a run directory, and has the run finished\?") as caught:
+    with pytest.raises(UserError) as caught:
         report.read(str(tmp_path))
-    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert str(caught.value) == f"{tmp_path}: has no report.json; is it a run directory, and has the run finished?"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"7"])

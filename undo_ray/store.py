@@ -87,15 +87,19 @@ class Stage:
         self.progress, self.rows, self.model = self.ledger.progress, self.place / "rows", self.place / "model"
 
     @property
+    def folder(self) -> str:
+        """Where the stage lies in the run directory, its tries below it."""
+        return os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path))
+
+    @property
     def quarantine(self) -> Place:
         """Where copies of the rows go that the engine failed on."""
-        stage = os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path))
-        return self.ledger.place / "quarantine" / stage.replace("/", "-")
+        return self.ledger.place / "quarantine" / self.folder.replace("/", "-")
 
     @property
     def resume(self) -> Place:
         """Beside the tries: what one try leaves for the next. It outlives a killed driver and goes when the stage commits."""
-        return self.ledger.place / os.path.dirname(os.path.relpath(self.place.path, self.ledger.place.path)) / RESUME
+        return self.ledger.place / self.folder / RESUME
 
     def note(self, **figures: Any) -> None:
         """Figures for the round's record."""
@@ -223,8 +227,7 @@ class Step:
                 (self.place / name / stale).remove()
             stage = Stage(name, self.k, self.place / name / f"try-{uuid.uuid4().hex[:8]}", self.run)
             start = time.monotonic()
-            folder = os.path.relpath((self.place / name).path, self.run.place.path)
-            with self.run.progress.stage(name, self.k, f"{self.title}{name}", folder):
+            with self.run.progress.stage(name, self.k, f"{self.title}{name}", stage.folder):
                 self._do(fn, args, stage)
             self._commit(name, stage, start)
             (self.place / name / RESUME).remove()
@@ -282,8 +285,7 @@ class Step:
         rows = [file.path for file in stage.files()]
         with ThreadPoolExecutor(READERS) as threads:  # thousands of files in a large run, each some requests of a store
             hashes = list(threads.map(partial(_sha256, fs), [info.path for info in infos.values()]))
-            counts = threads.map(lambda path: pq.read_metadata(path, filesystem=fs).num_rows, rows)
-            count = sum(counts)
+            count = sum(threads.map(lambda path: pq.read_metadata(path, filesystem=fs).num_rows, rows))
         self.manifests[name] = {
             "kind": "rows" if rows else "model" if infos else "value",
             "try": own,
