@@ -31,7 +31,7 @@ sampling = { temperature = 0.7 }
 
 [teacher.engine]
 kind = "vllm"
-resources = { gpus = 8 }
+resources = { gpus = 1 }
 
 [student]
 model = "small/student"
@@ -39,7 +39,7 @@ tokens = 1000
 
 [student.engine]
 kind = "vllm"
-resources = { gpus = 8 }
+resources = { gpus = 1 }
 """
 
 PLACEMENT = {
@@ -54,7 +54,7 @@ PLACEMENT = {
     "teacher.engine.lifetime": "run",
     "teacher.engine.start_seconds": "60",
     "teacher.engine.resources.cpus": "2",
-    "teacher.engine.resources.gpus": "4",
+    "teacher.engine.resources.gpus": "0.5",
     "teacher.engine.stall_seconds": "60",
     "teacher.engine.max_errors": "0.5",
     "teacher.engine.endpoint.base_url": '"http://127.0.0.1:8000/v1"',
@@ -90,7 +90,7 @@ PLACEMENT = {
     "student.checkpoint_minutes": "8",
     "student.max_failures": "8",
     "student.resources.cpus": "2",
-    "student.resources.gpus": "1",
+    "student.resources.gpus": "0.5",
 }
 EXTENDABLE = {"rounds": "9", "data.test_limit": "7", "data.tests": '["svamp"]', "stop.patience": "3", "stop.min_gain": "0.01"}
 IDENTITY = {
@@ -246,7 +246,9 @@ def test_a_bad_key_or_value_is_named_with_its_file(tmp_path: Path, old: str, new
             "teacher.engine.nodes=2",
             'nodes = 2 needs kind = "vllm", lifetime = "run", and tensor_parallel x pipeline_parallel =',
         ),
-        ("teacher.engine.tensor_parallel=16", "tensor_parallel x pipeline_parallel = 16 needs as many resources.gpus, not 8"),
+        ("teacher.engine.tensor_parallel=16", "tensor_parallel x pipeline_parallel = 16 needs as many resources.gpus, not 1"),
+        ("student.engine.resources.gpus=2", "resources.gpus = 2, but tensor_parallel x pipeline_parallel = 1: the other GPUs"),
+        ("student.resources.gpus=2", "a training worker uses one GPU; raise student.workers"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_both_values(good: Path, override: str, expected: str) -> None:
@@ -434,10 +436,13 @@ ENDPOINT = ["teacher.engine={kind = 'openai'}", "prices={prompt = 1, cached = 0,
 @pytest.mark.parametrize("key", [*PLACEMENT, *EXTENDABLE])
 def test_a_placement_or_extendable_key_leaves_the_identity_alone(good: Path, key: str) -> None:
     beside = ENDPOINT if key.startswith(("teacher.engine.endpoint", "prices")) else []
-    if key.endswith(".nodes"):  # over the eight GPUs that both engines have
-        engine = key.removesuffix(".nodes")
-        beside = [f"{engine}.lifetime=run", f"{engine}.tensor_parallel=8"]
-    before, after = config.load(good, beside), config.load(good, [*beside, f"{key}={({**PLACEMENT, **EXTENDABLE})[key]}"])
+    changed = [f"{key}={({**PLACEMENT, **EXTENDABLE})[key]}"]
+    engine, _, last = key.rpartition(".")
+    if last == "nodes":
+        beside = [f"{engine}.lifetime=run", f"{engine}.tensor_parallel=8", f"{engine}.resources.gpus=8"]
+    if last in ("tensor_parallel", "pipeline_parallel"):  # with as many GPUs
+        changed.append(f"{engine}.resources.gpus={PLACEMENT[key]}")
+    before, after = config.load(good, beside), config.load(good, [*beside, *changed])
     assert before != after
     assert config.identity(before) == config.identity(after)
 

@@ -106,6 +106,7 @@ def test_a_run_with_another_student_takes_what_the_teacher_wrote_for_the_first(f
     [record], first = runs.report(again)["rounds"], runs.report(failed)["rounds"][0]
     assert stage["reused"] == {"generations": first["rationales"], **first["teacher_tokens"]}
     assert record["teacher_tokens"] == dict.fromkeys(("prompt", "cached", "completion"), 0)
+    assert record["reused"] == stage["reused"]
     texts = [
         {row["id"]: [candidate["text"] for candidate in row["candidates"]] for row in runs.rows(run, "round-00/rationales")}
         for run in (failed, again)

@@ -59,6 +59,7 @@ def record(k: int, accuracy: float, test: float) -> dict[str, Any]:
         "lessons": 900 + k,
         "hinted_lessons": 20 * k,
         "rationales": 1000,
+        "reused": None,
         "teacher_tokens": {"prompt": 1_250_000, "cached": 1_000_000, "completion": 45_000},
         "seconds": {"rationales": 20.4, "student": 40.6} | ({"attempts": 5.0} if k else {}),
     }
@@ -77,7 +78,7 @@ REPORT: dict[str, Any] = {
     "keep_wrong": False,
     "hints": "off",
     "money": {"tokens": None, "gpus": None},
-    "gain": {"n": 400, "gain": 0.275, "low": 0.221, "high": 0.329, "won": 130, "lost": 20},
+    "gain": {"round": 1, "n": 400, "gain": 0.275, "low": 0.221, "high": 0.329, "won": 130, "lost": 20},
 }
 
 
@@ -127,6 +128,23 @@ def test_what_weakens_a_result_is_said_below_its_table() -> None:
     assert "keep_wrong: students were also trained on rationales with wrong or missing answers" in text
 
 
+def test_what_came_from_the_cache_is_said() -> None:
+    reused = copy.deepcopy(REPORT)
+    for entry in reused["rounds"][:2]:
+        entry["reused"] = {"generations": 700, "prompt": 5, "cached": 4, "completion": 3}
+    note = "teacher.cache: 1,400 rationales were made in other runs; their tokens are in no figure here"
+    assert note in report.table(reused, "t") and "teacher.cache" not in report.table(REPORT, "t")
+
+
+def test_a_rationale_costs_nothing_that_can_be_told_where_some_came_from_the_cache() -> None:
+    explained = {"good": 50, "tokens": {"prompt": 1000, "cached": 500, "completion": 200}}
+    each = {"prompt_tokens": 20.0, "cached_tokens": 10.0, "completion_tokens": 4.0, "gpu_seconds": 0.5}
+    assert report._per_accepted(explained, 25.0) == each
+    assert report._per_accepted({**explained, "reused": {"generations": 0}}, 25.0) == each
+    for nothing in ({"reused": {"generations": 1}}, {"good": 0}):
+        assert report._per_accepted({**explained, **nothing}, 25.0) == dict.fromkeys(each)
+
+
 def test_what_was_spent_is_said_where_there_are_prices() -> None:
     text = report.table({**REPORT, "money": {"tokens": 1234.567, "gpus": None}}, "t")
     assert "spent, by the recipe's prices: 1,234.57 on tokens" in text and "on gpus" not in text
@@ -152,6 +170,11 @@ def test_a_run_without_tests_has_a_table_of_its_validation() -> None:
     assert cells(lines[2])[:5] == ["round", "validation", "test", "unparsed", "lessons"]
     assert cells(lines[3])[:5] == ["0", "40.0% [30.0%, 50.0%] of 100", "-", "-", "900 of 1000"]
     assert "gain" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize("accuracies, round", [([0.5], 0), ([0.5, 0.3, 0.4], 2), ([0.1, 0.6, 0.6], 1)])
+def test_what_is_held_against_round_0_is_never_round_0_itself(accuracies: list[float], round: int) -> None:
+    assert report._fed_back(accuracies) == round
 
 
 def test_round_0_alone_has_no_gain_to_tell() -> None:

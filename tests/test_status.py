@@ -1,5 +1,6 @@
 """`undo-ray status`: what the run directory alone tells, while a driver holds it, after it stopped and after it was killed."""
 
+import io
 import json
 import os
 import time
@@ -11,7 +12,7 @@ import pytest
 from undo_ray import report, status
 from undo_ray.config import Recipe
 from undo_ray.place import Place
-from undo_ray.progress import Board, Progress, line
+from undo_ray.progress import LINE_SECONDS, Board, Progress, line
 from undo_ray.store import Stage, open_run
 from undo_ray.types import UserError
 
@@ -125,13 +126,36 @@ def test_times_to_come_are_those_of_the_round_before(tmp_path: Path) -> None:
     figures = {"done": 300.0, "total": 400.0, "tokens": 6000.0, "asked": 300.0, "accepted": 240.0, "errors": 2.0}
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     stage = {"round": 1, "stage": "rationales", "title": "round 1 · rationales", "folder": "round-01/rationales"}
-    state = {**stage, "figures": figures, "seconds": 60.0, "at": at}
+    state = {**stage, "figures": figures, "seconds": 60.0, "first": [0.0, 0.0], "at": at}
     (run / "progress.json").write_json({**state, "errors": []})
     current = status.read(str(tmp_path))["current"]
     assert current["left"] == pytest.approx(20.0)  # 100 rows at 5 a second
     assert current["to_come"] == ["lessons", "student", "measure"]
     assert current["left_of_round"] == pytest.approx(20.0 + 2.0 + 100.0 + 30.0)
     assert line(figures, 60.0) == "300/400, 5.0 rows/s, 100 tokens/s, 80% accepted, 2 failed, 20 s to go"
+
+
+def test_time_to_go_counts_what_this_start_has_done(tmp_path: Path) -> None:
+    """Training that goes on at step 900 of 1,000, a second a step after a minute's start: 80 s are left at step 920."""
+    figures = {"done": 920.0, "total": 1000.0}
+    assert line(figures, 80.0, (900.0, 60.0)) == "920/1000, 1.0 rows/s, 80 s to go"
+    assert line({"done": 900.0, "total": 1000.0}, 60.0, (900.0, 60.0)) == "900/1000, 60 s"
+    assert line({}, 30.0) == "starting, 30 s"
+
+
+def test_a_stage_s_pace_counts_from_when_it_is_first_seen_at_work(tmp_path: Path) -> None:
+    class At(Progress):
+        """Reads what a board would give."""
+
+        def _read(self) -> dict[str, float]:
+            return {"done": 900.0, "total": 1000.0}
+
+    progress = At(io.StringIO())
+    progress.keep(Place(str(tmp_path)) / "progress.json")
+    with progress.stage("student", 0, "round 0 · student", "round-00/student"):
+        time.sleep(LINE_SECONDS + 1)
+    done, seconds = json.loads((tmp_path / "progress.json").read_bytes())["first"]
+    assert done == 900.0 and LINE_SECONDS <= seconds < LINE_SECONDS + 1
 
 
 def test_a_run_on_an_object_store_is_read_there(s3: str) -> None:

@@ -166,7 +166,8 @@ class Engine(_Section):
 
     @property
     def sequences(self) -> int:
-        """Requests a vLLM replica works on at a time, where memory allows; 256 is vLLM's default."""
+        """Requests a vLLM replica works on at a time, where memory allows. vLLM is told: its own default depends on the GPU,
+        which the driver does not see."""
         return int(self.kwargs.get("max_num_seqs", 256))
 
     @property
@@ -194,6 +195,11 @@ class Engine(_Section):
         if parts > 1 and self.resources.gpus < parts:
             raise ValueError(
                 f"tensor_parallel x pipeline_parallel = {parts} needs as many resources.gpus, not {self.resources.gpus:g}"
+            )
+        if self.resources.gpus > parts:
+            raise ValueError(
+                f"resources.gpus = {self.resources.gpus:g}, but tensor_parallel x pipeline_parallel = {parts}: the other GPUs "
+                "would be paid for and idle; make both the same"
             )
         if self.nodes > 1 and (
             self.kind != "vllm" or self.lifetime != "run" or self.resources.gpus != parts or parts % self.nodes
@@ -339,6 +345,10 @@ class Student(_Section):
             raise ValueError(
                 f'student.sharding = "none" trains on one worker, not {self.workers}; set "ddp", "fsdp2" or "zero3"'
             )
+        if self.resources.gpus > 1:
+            raise ValueError(
+                f"student.resources.gpus = {self.resources.gpus:g}, but a training worker uses one GPU; raise student.workers"
+            )
         return self
 
 
@@ -445,6 +455,24 @@ class Recipe(_Section):
         if self.round0.startswith("student:") and self.lessons.mode == "latest":
             raise ValueError('lessons.mode = "latest" needs round-0 rationales; round0 = "student:…" has none')
         return self
+
+    def room(self, context: int | None) -> int:
+        """Tokens that the shown examples may take in a prompt of a teacher that reads `context`; None where it is not known.
+
+        Raises UserError where there is room for none.
+        """
+        spec = self.teacher
+        if not context:
+            return spec.prompt_tokens
+        # Beside the examples: the question's own history, a solution it may be hinted with, and the answer.
+        answers = self.gap.history + (spec.hints in ("solution", "cascade")) + 1
+        left = context - answers * spec.sampling.max_tokens - self.student.sampling.max_tokens
+        if left <= 0 and self.gap.feedback in ("real", "shuffled", "block"):
+            raise UserError(
+                f"the teacher reads {context} tokens, and {answers} of its answers (teacher.sampling.max_tokens, gap.history) "
+                "with one of the student's leave no room for examples; lower these, or raise teacher.engine.context"
+            )
+        return min(spec.prompt_tokens, left)
 
     def _regenerating(self) -> None:
         wanted, mode = self.teacher.regenerate, self.lessons.mode

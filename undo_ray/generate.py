@@ -188,17 +188,7 @@ def _reader(recipe: Recipe) -> tuple[Any, int]:
         directory, trust = models.local(spec.model, recipe.seed, weights=False), spec.trust_remote_code
         tokenizer = models.tokenizer(directory, trust)
         context = context or models.context(models.config(directory, trust))
-    if not context:
-        return tokenizer, spec.prompt_tokens
-    # Beside the examples: the question's own history, a solution it may be hinted with, and the answer.
-    answers = recipe.gap.history + (spec.hints in ("solution", "cascade")) + 1
-    room = context - answers * spec.sampling.max_tokens - recipe.student.sampling.max_tokens
-    if room <= 0 and recipe.gap.feedback in ("real", "shuffled", "block"):
-        raise UserError(
-            f"the teacher reads {context} tokens, and {answers} of its answers (teacher.sampling.max_tokens, gap.history) with "
-            "one of the student's leave no room for examples; lower these, or raise teacher.engine.context"
-        )
-    return tokenizer, min(spec.prompt_tokens, room)
+    return tokenizer, recipe.room(context)
 
 
 def _prefix(recipe: Recipe, render: engines.Render, tokenizer: Any) -> int | None:

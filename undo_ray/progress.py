@@ -11,7 +11,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -27,6 +27,11 @@ KEEP_SECONDS = 10.0
 
 ERRORS = 5
 """Of a run, that progress.json keeps."""
+
+First = Sequence[float]
+"""(`done`, seconds) when a stage was first seen at work: the engines' start, and what an earlier start of the driver had done,
+are no part of its pace."""
+START: First = (0.0, 0.0)
 
 
 def beside_the_driver() -> Any:
@@ -110,7 +115,8 @@ class Progress:
         start = time.monotonic()
         if self.board is not None:
             self.board.begin.remote(*((k, name) if k >= 0 else (None, title)))
-        self._state |= {"round": k, "stage": name, "title": title, "folder": folder, "figures": {}, "seconds": 0.0}
+        self._state |= {"round": k, "stage": name, "title": title, "folder": folder}
+        self._state |= {"figures": {}, "seconds": 0.0, "first": START}
         self._save()
         stop = threading.Event()
         thread = threading.Thread(target=self._follow, args=(title, start, stop), daemon=True, name="undo_ray progress")
@@ -131,10 +137,13 @@ class Progress:
         live, due = self.stream.isatty(), start + KEEP_SECONDS
         while not stop.wait(0.5 if live else LINE_SECONDS):
             figures, seconds = self._read(), time.monotonic() - start
+            if self._state["first"] == START and figures.get("done"):
+                self._state["first"] = (figures["done"], seconds)
+            text = f"{title}: {line(figures, seconds, self._state['first'], bar=live)}"
             if live:
-                self._bar(f"{title}: {line(figures, seconds, bar=True)}")
+                self._bar(text)
             else:
-                print(f"{title}: {line(figures, seconds)}", file=self.stream, flush=True)
+                print(text, file=self.stream, flush=True)
             if time.monotonic() >= due:
                 self._state |= {"figures": figures, "seconds": seconds}
                 self._save()
@@ -168,18 +177,25 @@ class Progress:
             return {}
 
 
-def line(figures: Mapping[str, float], seconds: float, final: bool = False, bar: bool = False) -> str:
+def left(figures: Mapping[str, float], seconds: float, first: First) -> float | None:
+    """Seconds until a stage has done all, at its pace since `first`; None while that is not known."""
+    done, total, worked = figures.get("done", 0), figures.get("total", 0), figures.get("done", 0) - first[0]
+    return (total - done) * (seconds - first[1]) / worked if total and worked > 0 else None
+
+
+def line(figures: Mapping[str, float], seconds: float, first: First = START, final: bool = False, bar: bool = False) -> str:
     """A stage's figures after so many seconds as text: done of total, rates, shares, and what is left."""
     done, asked, tokens, total = (figures.get(name, 0) for name in ("done", "asked", "tokens", "total"))
-    left = f"starting, {seconds:.0f} s"
+    rest = left(figures, seconds, first)
+    ahead = f"{rest:.0f} s to go" if rest is not None else f"{seconds:.0f} s" if done else f"starting, {seconds:.0f} s"
     parts = []
     if total and done:
         parts = [f"[{'#' * int(20 * min(1.0, done / total)):.<20}]"] if bar else []
         parts.append(f"{done:.0f}/{total:.0f}")
-        left = f"{(total - done) * seconds / done:.0f} s to go"
-    parts += [f"{done / seconds:.1f} rows/s"] if done else []
+    worked, since = (done, 0.0) if final else (done - first[0], first[1])
+    parts += [f"{worked / (seconds - since):.1f} rows/s"] if worked > 0 else []
     parts += [f"{tokens / seconds:,.0f} tokens/s"] if tokens else []
     parts += [f"{figures[well] / asked:.0%} {well}" for well in ("accepted", "right") if asked and well in figures]
     parts += [f"{figures['errors']:.0f} failed"] if figures.get("errors") else []
     parts += [f"loss {figures['loss']:.3f}"] if "loss" in figures else []
-    return ", ".join([*parts, f"{seconds:.1f} s" if final else left])
+    return ", ".join([*parts, f"{seconds:.1f} s" if final else ahead])

@@ -31,6 +31,7 @@ def round_figures(step: Step, delta: Gap) -> Json:
         "rationales": explained["generations"],
         **{name: explained[name] for name in ("asked", "hinted", "refused", "shown")},
         "teacher_tokens": explained["tokens"],
+        "reused": explained.get("reused"),
         "prefix": explained["prefix"],
         "student_tokens": {name: sum(tokens[name] for tokens in answered) for name in explained["tokens"]},
         "training": figures["student"],
@@ -46,9 +47,11 @@ def round_figures(step: Step, delta: Gap) -> Json:
 
 
 def _per_accepted(explained: Json, gpu_seconds: float) -> Json:
-    """What one question with an accepted rationale cost: teacher tokens and GPU seconds; None of all where there is none."""
+    """What one question with an accepted rationale cost: teacher tokens and GPU seconds; None of all where there is none, and
+    where some came from the cache and cost nothing."""
+    told = explained["good"] and not (explained.get("reused") or {}).get("generations")
     spent = {**{f"{name}_tokens": count for name, count in explained["tokens"].items()}, "gpu_seconds": gpu_seconds}
-    return {name: round(amount / explained["good"], 3) if explained["good"] else None for name, amount in spent.items()}
+    return {name: round(amount / explained["good"], 3) if told else None for name, amount in spent.items()}
 
 
 def money(prices: Prices, tokens: Json, gpu_seconds: float) -> Json:
@@ -102,6 +105,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
     if recipe.data.tests:
         tests, primary = run.tests(recipe), test_name(recipe.data.tests[0])
         base = tests.made("base")
+        fed_back = _fed_back([record["validation"]["accuracy"] for record in records])
         for record in rounds:
             record["tests"] = tests.made(f"round-{record['round']:02d}")
         report |= {
@@ -110,7 +114,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
             "base_test_accuracy": base[primary]["accuracy"],
             "baseline_test_accuracy": rounds[0]["tests"][primary]["accuracy"],
             "final_test_accuracy": rounds[chosen]["tests"][primary]["accuracy"],
-            "gain": paired(_correct(tests, 0, primary), _correct(tests, chosen, primary)),
+            "gain": {"round": fed_back, **paired(_correct(tests, 0, primary), _correct(tests, fed_back, primary))},
             "test_seconds": {name: manifest["seconds"] for name, manifest in tests.manifests.items()},
         }
         held = sum(manifest["seconds"] * manifest["figures"].get("gpus", 0) for manifest in tests.manifests.values())
@@ -118,6 +122,11 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
     report["money"] = {kind: _sum(part[kind] for part in spent) for kind in ("tokens", "gpus")}
     (run.place / "report.json").write_json(report)
     return report
+
+
+def _fed_back(accuracies: list[float]) -> int:
+    """The best round with feedback, so that what feedback lost is told too; 0 where there is none."""
+    return 1 + best(accuracies[1:]) if len(accuracies) > 1 else 0
 
 
 def _sum(parts: Iterable[float | None]) -> float | None:
@@ -234,6 +243,8 @@ def table(report: Json, title: str) -> str:
     if report["hints"] != "off":
         hinted, lessons = (sum(record[name] for record in report["rounds"]) for name in ("hinted_lessons", "lessons"))
         notes.append(f"hints: {report['hints']}; the teacher wrote {hinted} of {lessons} lessons after it was shown the gold")
+    if reused := sum((record["reused"] or {"generations": 0})["generations"] for record in report["rounds"]):
+        notes.append(f"teacher.cache: {reused:,} rationales were made in other runs; their tokens are in no figure here")
     if spent := {kind: amount for kind, amount in report["money"].items() if amount is not None}:
         notes.append(
             "spent, by the recipe's prices: " + ", ".join(f"{amount:,.2f} on {kind}" for kind, amount in spent.items())
@@ -242,7 +253,7 @@ def table(report: Json, title: str) -> str:
         gain = report["gain"]
         points, low, high = (f"{100 * gain[key]:+.1f}" for key in ("gain", "low", "high"))
         notes.append(
-            f"gain of round {chosen} over round 0 on {primary}: {points} points [{low}, {high}] "
+            f"gain of round {gain['round']} over round 0 on {primary}: {points} points [{low}, {high}] "
             f"(the same {gain['n']} questions: {gain['won']} won, {gain['lost']} lost)"
         )
     return "\n".join([title, "", *rows, "", *notes])

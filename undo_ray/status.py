@@ -12,7 +12,7 @@ from undo_ray import report, store
 from undo_ray.config import Recipe
 from undo_ray.lease import LEASE_SECONDS, holder
 from undo_ray.place import Json, Place
-from undo_ray.progress import line
+from undo_ray.progress import START, left, line
 from undo_ray.types import unix_time
 
 STAGES = ("attempts", "rationales", "lessons", "student", "measure")
@@ -64,17 +64,18 @@ def _ago(seconds: float) -> float:
 def _current(run: Place, state: Json, records: Sequence[Json]) -> Json:
     """The stage in progress (or the last one that was), and when its round ends at the pace of the round before."""
     k, name, figures = state["round"], state["stage"], state["figures"]
-    done, total, seconds = figures.get("done", 0), figures.get("total", 0), state["seconds"]
-    left = (total - done) * seconds / done if total and done else None
-    found = {"title": state["title"], "round": k, "stage": name, "figures": figures, "seconds": seconds, "left": left}
+    seconds, first = state["seconds"], state.get("first", START)
+    rest = left(figures, seconds, first)
+    found = {"title": state["title"], "round": k, "stage": name, "figures": figures, "seconds": seconds}
+    found |= {"first": first, "left": rest}
     found["seconds_ago"] = _ago(unix_time(state["at"]))
     if k < 0:
         return found
     before = records[k - 1]["seconds"] if 0 < k <= len(records) else {}
     order = STAGES[0 if k else 1 :]
     after = [stage for stage in order[order.index(name) + 1 :] if not _committed(run, k, stage)]
-    known = left is not None and all(stage in before for stage in after)
-    left_of_round = left + sum(before[stage] for stage in after) if left is not None and known else None
+    known = rest is not None and all(stage in before for stage in after)
+    left_of_round = rest + sum(before[stage] for stage in after) if rest is not None and known else None
     return {**found, "to_come": after, "left_of_round": left_of_round}
 
 
@@ -114,10 +115,10 @@ def text(found: Json) -> str:
     lines += [report.round_line(record) for record in found["done"]]
     if current:
         old = f" ({current['seconds_ago']:.0f} s ago)" if found["state"] != "running" else ""
-        lines.append(f"{current['title']}: {line(current['figures'], current['seconds'])}{old}")
+        lines.append(f"{current['title']}: {line(current['figures'], current['seconds'], current['first'])}{old}")
         if current.get("to_come"):
-            left = current["left_of_round"]
-            rest = "" if left is None else f"; at the pace of the round before, the round ends in {left / 60:.0f} min"
+            ends_in = current["left_of_round"]
+            rest = "" if ends_in is None else f"; at the pace of the round before, the round ends in {ends_in / 60:.0f} min"
             lines.append(f"then {', '.join(current['to_come'])}{rest}; {found['rounds']} rounds after round 0 at most")
     lines += ["last errors:"] if found["errors"] else []
     lines += [f"  {_when(error)}{error['stage']}: {error['error']}" for error in found["errors"]]

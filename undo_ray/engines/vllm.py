@@ -140,6 +140,7 @@ def arguments(directory: str, engine: Engine) -> dict[str, Any]:
         "max_model_len": engine.context,
         "tensor_parallel_size": engine.tensor_parallel,
         "pipeline_parallel_size": engine.pipeline_parallel,
+        "max_num_seqs": engine.sequences,
         **({"distributed_executor_backend": "ray"} if engine.nodes > 1 else {}),  # its workers go where `kept` placed them
         "load_format": "safetensors",
         "disable_log_stats": True,

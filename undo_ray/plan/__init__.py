@@ -14,7 +14,7 @@ from typing import Any
 
 from undo_ray import prompts, tasks
 from undo_ray.config import Engine, Recipe, Student
-from undo_ray.plan.known import GPUS, LENGTHS, Gpu, Lengths, Model, model_of, size_of
+from undo_ray.plan.known import CLEANED, GPUS, LENGTHS, QUANTISED, Gpu, Lengths, Model, model_of, size_of
 from undo_ray.plan.pilot import Pilot
 from undo_ray.plan.text import table
 from undo_ray.prompts import Case
@@ -34,17 +34,17 @@ CHAT = 20
 BLOCK = 16
 """Tokens in which vLLM's prefix cache counts."""
 
-MFU, TRAINING_MFU, OF_BANDWIDTH, OF_MEMORY = 0.5, 0.35, 0.7, 0.9
-"""Assumed: the share of peak FLOP/s in prefill and in training, of bandwidth in decoding; of memory, vLLM's default."""
+MFU, TRAINING_MFU, OF_BANDWIDTH = 0.5, 0.35, 0.7
+"""Assumed: the share of peak FLOP/s in prefill and in training, and of bandwidth in decoding."""
+OF_MEMORY = 0.92
+"""Of a GPU's memory that an engine takes: vLLM's default."""
 LOAD, START = 2e9, 60.0
 """Assumed: bytes a second at which a replica reads its weights; seconds that an engine or a training run takes to start."""
-QUANTISED = {"fp8": 1.0, "awq": 0.5, "awq_marlin": 0.5, "gptq": 0.5, "gptq_marlin": 0.5, "bitsandbytes": 0.5}
-"""Bytes of a weight by `engine.kwargs.quantization`."""
 RUNTIME = 2e9
 """Bytes of a GPU that CUDA, NCCL and Python take beside what training needs."""
 
-PAPER_HOURS = 2800
-"""GPU-hours (GH200) that the paper gives for the teacher's part of one round (arXiv 2504.02521)."""
+PAPER_HOURS, PAPER_QUESTIONS = 2800, 100_000
+"""GPU-hours (GH200) that the paper gives for the teacher's part of one round, and its questions (arXiv 2504.02521)."""
 
 
 def plan(
@@ -92,10 +92,13 @@ def plan(
         "gpus": {"kind": kind, "count": count, **sheet},
         "placement": _placement(recipe),
         "questions": asked,
+        "notes": _notes(recipe, asked, measured=pilot is not None),
         **beside,
         "rounds": rounds,
         "tests": tests,
         "gpu_hours": hours,
+        "idle_gpu_hours": sum(stage["idle_gpu_hours"] for entry in rounds for stage in entry["stages"].values())
+        + (tests["idle_gpu_hours"] if tests else 0.0),
         "wall_hours": sum(part["wall_seconds"] for part in parts) / 3600,
         "money": money(recipe.prices, tokens, hours * 3600),
         "formulas": formulas,
@@ -128,15 +131,40 @@ class Table:
         texts = Texts(requests, _plain(self.recipe, self.known), 0.0, self.known.attempt)
         return _answers(self.student_model, self.recipe.student.engine, self.gpu, texts, formulas, name, stages)
 
-    def training(self, formulas: list[str]) -> Json:
-        """The training of one round."""
-        return _training(self.recipe, self.known, self.asked["train"], self.student_model, self.gpu, formulas)
+    def training(self, k: int, formulas: list[str]) -> Json:
+        """The training of round k."""
+        lessons = self.asked["train"] * (k + 1 if self.recipe.lessons.mode == "accumulate" else 1)
+        return _training(self.recipe, self.known, lessons, self.student_model, self.gpu, formulas)
 
     def _texts(self, k: int) -> Texts:
         return _texts(self.recipe, self.known, self.asked, k, self.recipe.teacher.template, self.teacher_model)
 
 
 # -- what is asked ------------------------------------------------------------------------------------------------------
+
+
+def _notes(recipe: Recipe, asked: Json, measured: bool) -> list[str]:
+    """What of this recipe the figures do not hold, one sentence each."""
+    spec, data, task = recipe.teacher, recipe.data, tasks.parse_source(recipe.data.train, "train")[0]
+    cleaned = data.clean == "ngram" and not task.templated
+    found = []
+    if cleaned and _cleaned(recipe) is None and asked["train"] != data.train_limit:
+        found.append("what data.clean removes is not known here and not taken off the questions")
+    if spec.regenerate != "all":
+        found.append(f'teacher.regenerate = "{spec.regenerate}" is planned as "all": an upper bound of rounds from 1 on')
+    if not measured and ((spec.samples > 1 and recipe.lessons.select == "first") or spec.hints != "off"):
+        found.append("every question is planned with one request: samples and hints for those without a rationale come on top")
+    if spec.engine.remote and not measured:
+        limit = spec.engine.endpoint.requests_per_minute
+        least = f", at least {asked['train'] / limit / 60:,.1f} hours a round by requests_per_minute" if limit else ""
+        found.append(f"the teacher's time at its endpoint is in no figure{least}")
+    if recipe.round0.startswith("lessons:"):
+        found.append("round 0 is planned with as many lessons as questions, not with those of its file")
+    if kept := [part for part in ("teacher", "student") if getattr(recipe, part).engine.lifetime == "run"]:
+        found.append(
+            f'engines of {" and ".join(kept)} are kept (lifetime = "run"): their starts after the first are not taken off'
+        )
+    return found
 
 
 def _gpus(recipe: Recipe, text: str | None, piloted: bool) -> tuple[str, int]:
@@ -147,6 +175,7 @@ def _gpus(recipe: Recipe, text: str | None, piloted: bool) -> tuple[str, int]:
     if number and not (number.isascii() and number.isdigit() and int(number)):
         raise UserError(f"--gpus {text}: {number!r} is no count; write it as --gpus {kind}:16")
     parts = _placement(recipe)
+    kept = _kept(parts)
     for key in ("teacher.engine", "student.engine", "student"):
         part = parts[key]
         if part and not part["gpus"] and kind:
@@ -154,38 +183,54 @@ def _gpus(recipe: Recipe, text: str | None, piloted: bool) -> tuple[str, int]:
                 f"{key}.resources.gpus = 0: a plan is about GPUs; add `--set {key}.resources.gpus=1`, or measure this machine "
                 "with --pilot 50 and without --gpus"
             )
-        if part and number and part["gpus"] > int(number):
+        if part and number and kept + (0 if part["kept"] else part["gpus"]) > int(number):
+            beside = f' beside {kept:g} of engines that are kept (lifetime = "run")' if kept else ""
             raise UserError(
-                f"--gpus {text}: one {part['what']} of {key} takes {part['gpus']:g}; give more, or lower resources.gpus"
+                f"--gpus {text}: one {part['what']} of {key} takes {part['gpus']:g}{beside}; give more, or lower resources.gpus"
             )
-    most = math.ceil(max(part["gpus"] * part["count"] for part in parts.values() if part))
-    return kind, int(number) if number else most
+    shared = [part["gpus"] * part["count"] for part in parts.values() if part and not part["kept"]]
+    return kind, int(number) if number else math.ceil(kept + max(shared))
+
+
+def _kept(parts: Json) -> float:
+    """GPUs that engines hold for the whole run (lifetime = "run")."""
+    return float(sum(part["gpus"] * part["count"] for part in parts.values() if part and part["kept"]))
 
 
 def _placement(recipe: Recipe) -> Json:
     """By section: how many, and the GPUs of each; None of a teacher behind an endpoint."""
-    teacher, student = recipe.teacher.engine, recipe.student
-    found: Json = {"teacher.engine": None}
-    if not teacher.remote:
-        found["teacher.engine"] = {"what": "replica", "count": teacher.replicas, "gpus": teacher.resources.gpus}
-    found["student.engine"] = {"what": "replica", "count": student.engine.replicas, "gpus": student.engine.resources.gpus}
-    found["student"] = {"what": "worker", "count": student.workers, "gpus": student.resources.gpus}
+    student = recipe.student
+    found: Json = {}
+    for key, engine in (("teacher.engine", recipe.teacher.engine), ("student.engine", student.engine)):
+        part = {"count": engine.replicas, "gpus": engine.resources.gpus, "kept": engine.lifetime == "run"}
+        found[key] = None if engine.remote else {"what": "replica", **part}
+    found["student"] = {"what": "worker", "count": student.workers, "gpus": student.resources.gpus, "kept": False}
     return found
 
 
 def _filled(recipe: Recipe, count: int) -> Recipe:
-    """The recipe with as many replicas and workers as the GPUs hold."""
-    teacher, student = recipe.teacher.engine, recipe.student
-    if not teacher.remote:
-        teacher = teacher.model_copy(update={"replicas": int(count // teacher.resources.gpus)})
-    engine = student.engine.model_copy(update={"replicas": int(count // student.engine.resources.gpus)})
-    workers = 1 if student.sharding == "none" else int(count // student.resources.gpus)
+    """The recipe with as many replicas and workers as the GPUs hold beside engines that are kept, which stay as many as they
+    are; no more workers than chats in a step, since the others would have nothing to do."""
+    student = recipe.student
+    room = count - _kept(_placement(recipe))
+
+    def filled(engine: Any) -> Any:
+        fixed = engine.remote or engine.lifetime == "run"
+        return engine if fixed else engine.model_copy(update={"replicas": int(room // engine.resources.gpus)})
+
+    teacher, engine = filled(recipe.teacher.engine), filled(student.engine)
+    workers = 1 if student.sharding == "none" else min(int(room // student.resources.gpus), _chats(student))
     return recipe.model_copy(
         update={
             "teacher": recipe.teacher.model_copy(update={"engine": teacher}),
             "student": student.model_copy(update={"engine": engine, "workers": workers}),
         }
     )
+
+
+def _chats(student: Student) -> int:
+    """Most workers that have a chat in every step; with batch_tokens a step is taken to be long enough."""
+    return 10**6 if student.batch_tokens else student.batch_size
 
 
 def _pair(text: str, flag: str, keys: Sequence[str]) -> tuple[str, str]:
@@ -198,9 +243,23 @@ def _pair(text: str, flag: str, keys: Sequence[str]) -> tuple[str, str]:
 def _questions(recipe: Recipe) -> dict[str, int]:
     data = recipe.data
     select = 0 if data.shared else data.select
-    train = size_of(recipe, data.train, "train") - (0 if data.validation else data.show + select)
+    held = 0 if data.validation else data.show + select
+    there = _cleaned(recipe) or size_of(recipe, data.train, "train")
+    if (train := there - held) < 1:
+        raise UserError(
+            f"data.show and data.select hold {held} of the {there} questions of {data.train} and leave none to teach; lower "
+            "them, or name another data.validation"
+        )
     tests = [min(data.test_limit or 10**12, size_of(recipe, source, "test")) for source in data.tests]
     return {"train": min(data.train_limit or train, train), "show": data.show, "select": select, "tests": sum(tests)}
+
+
+def _cleaned(recipe: Recipe) -> int | None:
+    """Questions that cleaning leaves of a public training set; None where they are not known."""
+    data = recipe.data
+    task, split = tasks.parse_source(data.train, "train")
+    known = data.clean == "ngram" and data.tests and data.dir is None and split == "train"
+    return CLEANED.get(task.name) if known else None
 
 
 def _lengths(recipe: Recipe, given: Sequence[str]) -> Lengths:
@@ -261,9 +320,7 @@ def _texts(recipe: Recipe, known: Lengths, asked: Json, k: int, template: str, t
     else:
         shown = [_case(known, "s", 1)] * (0 if feedback == "history" else asked["show"])
         render = prompts.TEMPLATES[template].render
-        spec, context = recipe.teacher, recipe.teacher.engine.context or (teacher.context if teacher else 0)
-        own = recipe.gap.history * (spec.sampling.max_tokens + recipe.student.sampling.max_tokens)
-        budget = min(spec.prompt_tokens, context - own - spec.sampling.max_tokens) if context else spec.prompt_tokens
+        budget = recipe.room(recipe.teacher.engine.context or (teacher.context if teacher else None))
         while shown and _length(render(shown, Case(""), "")) > budget:
             shown.pop()
         past = 0 if feedback == "block" else min(k, recipe.gap.history)
@@ -273,7 +330,7 @@ def _texts(recipe: Recipe, known: Lengths, asked: Json, k: int, template: str, t
     pairs = zip(*(chat[0]["content"] for chat in chats), strict=False)
     common = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     cached = _tokens(common) // BLOCK * BLOCK
-    requests = (train + show) * recipe.teacher.samples
+    requests = (train + show) * (recipe.teacher.samples if recipe.lessons.select == "shortest" else 1)
     return Texts(requests, prompt, cached, written, len(shown))
 
 
@@ -298,22 +355,38 @@ def _plain(recipe: Recipe, known: Lengths) -> float:
 
 
 def weight_bytes(model: Model, engine: Engine) -> float:
-    """Of one replica."""
-    plain = 4.0 if engine.dtype == "float32" else 2.0
-    return model.parameters * QUANTISED.get(str(engine.kwargs.get("quantization")), plain)
+    """Of one replica. Raises UserError for a way to quantise whose size is not known."""
+    plain, method = 4.0 if engine.dtype == "float32" else 2.0, engine.kwargs.get("quantization")
+    if model.quantised is None and method is None:
+        return model.parameters * plain
+    if model.quantised is None and method not in QUANTISED:
+        raise UserError(f"kwargs.quantization = {method!r}: its size is not known here; known are {', '.join(QUANTISED)}")
+    each = QUANTISED[str(method)] if model.quantised is None else model.quantised
+    return model.tables * plain + (model.parameters - model.tables) * each
+
+
+def kv_bytes(model: Model, engine: Engine) -> float:
+    """Of one token in a replica's cache. Where tensor parallel exceeds the key/value heads, vLLM keeps copies of them."""
+    size = 1 if str(engine.kwargs.get("kv_cache_dtype", "")).startswith("fp8") else 4 if engine.dtype == "float32" else 2
+    return model.kv_bytes * size / 2 * max(1.0, engine.tensor_parallel / model.kv_heads)
+
+
+def of_memory(engine: Engine) -> float:
+    """Share of a GPU's memory that the engine takes."""
+    return float(engine.kwargs.get("gpu_memory_utilization", OF_MEMORY))
 
 
 def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: list[str], name: str, stages: int = 1) -> Json:
     """What the answers take on the engine's replicas: prefill bound by FLOP/s, decoding by bandwidth or FLOP/s."""
     requests, prompt, cached, completion = texts.requests, texts.prompt, texts.cached, texts.completion
     each, replicas = engine.resources.gpus, engine.replicas
-    peak = each * gpu.peak * (0.5 if engine.dtype == "float32" else 1) * MFU
-    weights, context = weight_bytes(model, engine), prompt + completion / 2
-    room = (each * gpu.memory * OF_MEMORY - weights) / model.kv_bytes - cached
+    peak = each * (gpu.fp32 if engine.dtype == "float32" else gpu.peak) * MFU
+    weights, kv, context = weight_bytes(model, engine), kv_bytes(model, engine), prompt + completion / 2
+    room = (each * gpu.memory * of_memory(engine) - weights) / kv - cached
     most = engine.sequences
     batch = max(1.0, min(most, requests / replicas, room // (prompt - cached + completion)))
     prefill = requests * (prompt - cached) * model.flops((prompt + cached) / 2) / (replicas * peak)
-    moved = (weights + batch * context * model.kv_bytes) / (each * gpu.bandwidth * OF_BANDWIDTH)
+    moved = (weights + batch * context * kv) / (each * gpu.bandwidth * OF_BANDWIDTH)
     step = max(moved, batch * model.flops(context) / peak)
     decode = requests * completion / (replicas * batch) * step
     load = stages * (START + weights / LOAD)
@@ -324,7 +397,7 @@ def _answers(model: Model, engine: Engine, gpu: Gpu, texts: Texts, formulas: lis
         f"{name}: prefill = {requests:,.0f} requests × {fresh:,.0f} tokens not cached × {flops:,.1f} GFLOP ÷ ({held:g} GPUs × "
         f"{speed:,.0f} TFLOP/s) = {prefill:,.0f} s",
         f"{name}: a decoding step of {batch:,.0f} requests a replica = max of ({weights / 1e9:,.1f} GB weights + "
-        f"{batch:,.0f} × {context:,.0f} tokens × {model.kv_bytes / 1e3:,.0f} kB) ÷ ({each:g} GPUs × {read:.2f} TB/s) and "
+        f"{batch:,.0f} × {context:,.0f} tokens × {kv / 1e3:,.0f} kB) ÷ ({each:g} GPUs × {read:.2f} TB/s) and "
         f"{batch:,.0f} × {model.flops(context) / 1e9:,.1f} GFLOP ÷ ({each:g} GPUs × {speed:,.0f} TFLOP/s) = "
         f"{step * 1e3:,.1f} ms",
         f"{name}: decoding = {requests:,.0f} × {completion:,.0f} tokens ÷ ({replicas} replicas × {batch:,.0f}) × step = "
@@ -347,12 +420,13 @@ def _training(recipe: Recipe, known: Lengths, lessons: float, student: Model, gp
     one = _plain(recipe, known) + known.rationale
     tokens = float(spec.tokens or lessons * one * (spec.epochs or 1))
     passes = (4 if spec.lora.rank else 6) + (2 if spec.gradient_checkpointing else 0)
-    held = spec.workers * spec.resources.gpus
+    held, each = spec.workers * spec.resources.gpus, spec.resources.gpus
+    working = min(spec.workers, _chats(spec)) * each
     peak = gpu.peak * (1 if spec.dtype == "bfloat16" else 0.5) * TRAINING_MFU
-    work = tokens * (passes * student.parameters + passes / 2 * (student.flops(one / 2) - student.flops(0))) / (held * peak)
+    work = tokens * (passes * student.parameters + passes / 2 * (student.flops(one / 2) - student.flops(0))) / (working * peak)
     load = START + 2 * student.parameters / LOAD
     formulas.append(
-        f"training: {tokens:,.0f} tokens × {passes} × {student.parameters / 1e9:.2f} G parameters ÷ ({held:g} GPUs × "
+        f"training: {tokens:,.0f} tokens × {passes} × {student.parameters / 1e9:.2f} G parameters ÷ ({working:g} GPUs × "
         f"{peak / 1e12:,.0f} TFLOP/s) = {work:,.0f} s, attention included"
     )
     hours = held * (load + work) / 3600
@@ -372,7 +446,7 @@ def _round(recipe: Recipe, asked: Json, k: int, costs: Table | Pilot, count: int
     if (rationales := costs.rationales(k, kept)) is not None:
         stages["rationales"] = rationales
     if k or not recipe.round0.startswith("student:"):
-        stages["student"] = costs.training(kept)
+        stages["student"] = costs.training(k, kept)
     stages["measure"] = costs.answers(asked["show"] + asked["select"], [], "")
     stages = {name: _stage(figures, count) for name, figures in stages.items()}
     return {
@@ -392,9 +466,10 @@ def _memory(recipe: Recipe, teacher: Model | None, student: Model, gpu: Gpu) -> 
         ("student.engine", student, recipe.student.engine),
     ):
         if model:
-            longest = (engine.context or model.context) * model.kv_bytes
-            parts = {"weights": weight_bytes(model, engine), "one longest request": float(longest)}
-            found[key] = _fit({name: size / engine.resources.gpus for name, size in parts.items()}, gpu.memory * OF_MEMORY)
+            longest = (engine.context or model.context) * kv_bytes(model, engine)
+            parts = {"weights": weight_bytes(model, engine), "one longest request": longest}
+            limit = gpu.memory * of_memory(engine)
+            found[key] = _fit({name: size / engine.resources.gpus for name, size in parts.items()}, limit)
     spec: Student = recipe.student
     found["student"] = _fit({**memory.need(student.shape(spec.lora.rank), spec), "runtime": RUNTIME}, gpu.memory)
     return found
@@ -415,4 +490,5 @@ def _templates(recipe: Recipe, known: Lengths, asked: Json, teacher: Model, gpu:
         figures = _answers(teacher, recipe.teacher.engine, gpu, texts, [], "")
         found[template] = {**asdict(texts), **figures}
     task = tasks.parse_source(recipe.data.train, "train")[0].name
-    return {**found, "reported_gpu_hours": PAPER_HOURS if task == "numina" else None}
+    reported = PAPER_HOURS if task == "numina" and asked["train"] == PAPER_QUESTIONS else None
+    return {**found, "reported_gpu_hours": reported}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from undo_ray import tasks
 from undo_ray.config import Recipe
@@ -20,16 +21,18 @@ class Gpu:
     bandwidth: float
     peak: float
     """bf16, dense"""
+    fp32: float
+    """outside tensor cores, where vLLM and transformers compute in float32"""
 
 
 GPUS = {
-    "A100": Gpu(80e9, 2.039e12, 312e12),  # SXM 80 GB
-    "H100": Gpu(80e9, 3.35e12, 989e12),  # SXM
-    "H200": Gpu(141e9, 4.8e12, 989e12),  # SXM
-    "GH200": Gpu(96e9, 4.0e12, 989e12),  # 96 GB HBM3: the paper's machine
-    "B200": Gpu(180e9, 7.7e12, 2250e12),  # of a DGX B200; bandwidth by its bus and clock
-    "L40S": Gpu(48e9, 0.864e12, 362e12),
-    "L4": Gpu(24e9, 0.3e12, 121e12),
+    "A100": Gpu(80e9, 2.039e12, 312e12, 19.5e12),  # SXM 80 GB
+    "H100": Gpu(80e9, 3.35e12, 989e12, 67e12),  # SXM
+    "H200": Gpu(141e9, 4.8e12, 989e12, 67e12),  # SXM
+    "GH200": Gpu(96e9, 4.0e12, 989e12, 67e12),  # 96 GB HBM3: the paper's machine
+    "B200": Gpu(180e9, 7.7e12, 2250e12, 75e12),  # of a DGX B200; bandwidth by its bus and clock
+    "L40S": Gpu(48e9, 0.864e12, 362e12, 91.6e12),
+    "L4": Gpu(24e9, 0.3e12, 121e12, 30.3e12),
 }
 """By NVIDIA's data sheets, which docs/plan.md names."""
 
@@ -47,13 +50,20 @@ class Model:
     tied: bool
     context: int
     head_size: int = 128
+    quantised: float | None = None
+    """bytes of a weight of its linear layers, where the checkpoint is quantised"""
+
+    @property
+    def tables(self) -> int:
+        """Parameters of embeddings and head, which quantisation leaves as they are."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
         """Of the Llama family: embeddings, head, and per layer attention, gated MLP and two norms; biases left out."""
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         layer = self.hidden * (2 * queries + 2 * keys + 3 * self.intermediate + 2)
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.layers * layer + self.hidden
+        return self.tables + self.layers * layer + self.hidden
 
     @property
     def kv_bytes(self) -> int:
@@ -92,6 +102,18 @@ SIZES = {
     "theoremqa": {"test": 747},
 }
 """Questions of the public sets, as docs/recipe.md has them; NuminaMath-CoT before rows without a usable answer."""
+
+CLEANED = {"gsm8k": 7357, "math": 5273, "strategyqa": 1602, "svamp": 278}
+"""What `data.clean = "ngram"` leaves of the training sets against all six tests (measured, docs/tasks.md)."""
+
+GROUPED = 2.5 / 128
+"""Bytes a weight of AWQ and GPTQ takes for the scale and the zero of its group of 128."""
+
+QUANTISED = {"fp8": 1.0, "bitsandbytes": 0.5, **dict.fromkeys(["awq", "awq_marlin", "gptq", "gptq_marlin"], 0.5 + GROUPED)}
+"""Bytes of a weight of the linear layers by `engine.kwargs.quantization`."""
+
+TIED = ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "smollm3")
+"""Values of `model_type` whose head is the embedding when config.json does not say (transformers 5.19)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +156,7 @@ def model_of(role: str, reference: str, given: dict[str, str]) -> Model:
         )
     try:
         c = json.loads(file.read_text(encoding="utf-8"))
+        c = {**c, **c.get("text_config", {})}  # of a model that sees images too
         heads, hidden = c["num_attention_heads"], c["hidden_size"]
         if any("expert" in key for key in c):
             raise UserError(f"{file}: a mixture of experts is not planned for; give --shape {role}=DIR of a dense model")
@@ -144,9 +167,10 @@ def model_of(role: str, reference: str, given: dict[str, str]) -> Model:
             heads=heads,
             kv_heads=c.get("num_key_value_heads") or heads,
             vocabulary=c["vocab_size"],
-            tied=bool(c.get("tie_word_embeddings", False)),
+            tied=bool(c.get("tie_word_embeddings", c.get("model_type") in TIED)),
             context=c.get("max_position_embeddings", 0),
             head_size=c.get("head_dim") or hidden // heads,
+            quantised=_quantised(file, c["quantization_config"]) if c.get("quantization_config") else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
@@ -154,7 +178,25 @@ def model_of(role: str, reference: str, given: dict[str, str]) -> Model:
         ) from None
 
 
+def _quantised(file: Path, how: dict[str, Any]) -> float:
+    """Bytes of a weight of the linear layers by a `quantization_config`. Raises UserError where they are not known."""
+    method, groups = str(how.get("quant_method")), how.get("config_groups") or {}
+    found = [group["weights"]["num_bits"] for group in groups.values()]  # compressed-tensors
+    bits = how.get("bits") or max(found, default=0)
+    if method == "bitsandbytes" and not how.get("load_in_4bit"):
+        bits = 8
+    if bits:
+        return float(bits / 8 + (GROUPED if bits < 8 else 0))
+    if method not in QUANTISED:
+        raise UserError(
+            f"{file}: quantised by {method!r}, whose size is not known here; give --shape a folder with one of "
+            f"{', '.join(QUANTISED)}, or one that is not quantised"
+        )
+    return QUANTISED[method]
+
+
 def size_of(recipe: Recipe, source: str, split: str) -> int:
+    """Questions of a set, before any is cleaned away."""
     task, found = tasks.parse_source(source, split)
     if recipe.data.dir is not None or found.endswith(tasks.FILES):
         return len(tasks.load(task, found, recipe.data.dir)[0])

@@ -152,10 +152,11 @@ class Pilot:
         each = {**self.stages["attempts"], "load_seconds": stages * self.stages["attempts"]["load_seconds"]}
         return _stage(name, each, "requests", requests, engine.replicas, engine.resources, formulas)
 
-    def training(self, formulas: list[str]) -> Json:
-        """The training of one round."""
+    def training(self, k: int, formulas: list[str]) -> Json:
+        """The training of round k."""
         spec, each = self.recipe.student, self.stages["training"]
-        lessons = self.asked["train"] * each["lessons_per_question"]
+        rounds = k + 1 if self.recipe.lessons.mode == "accumulate" else 1
+        lessons = self.asked["train"] * each["lessons_per_question"] * rounds
         tokens = float(spec.tokens or lessons * each["tokens_per_lesson"] * (spec.epochs or 1))
         return {"tokens": tokens, **_stage("training", each, "tokens", tokens, spec.workers, spec.resources, formulas)}
 

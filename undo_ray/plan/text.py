@@ -37,9 +37,11 @@ def table(found: Json, title: str) -> str:
         rows.append(_row("end", "tests", found["tests"], {}))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines += ["", f"in all: {found['gpu_hours']:,.1f} GPU-hours, {found['wall_hours']:,.1f} hours"]
+    hours, idle = found["gpu_hours"], found["idle_gpu_hours"]
+    lines += ["", f"in all: {hours:,.1f} GPU-hours and {idle:,.1f} idle ones, {found['wall_hours']:,.1f} hours"]
     spent = {kind: amount for kind, amount in found["money"].items() if amount is not None}
     lines += ["money: " + ", ".join(f"{amount:,.2f} on {kind}" for kind, amount in spent.items())] if spent else []
+    lines += [f"note: {note}" for note in found["notes"]]
     lines += ["", "memory of one GPU, GB:"] if found["memory"] else []
     for key, fit in found["memory"].items():
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in fit["bytes"].items() if size)
