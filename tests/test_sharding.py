@@ -8,19 +8,24 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import runs
 import tiny
 import torch
 
+from undo_ray import config, loop
 from undo_ray.config import Student
 from undo_ray.train import export, model, sharding
 from undo_ray.train.packing import rows_of, supervised_tokens
+from undo_ray.train.tokens import _tokens_of
+from undo_ray.types import UserError
 
 CPU = torch.device("cpu")
 TEXTS = [f"What is {i} + {i}? {i} + {i} = {2 * i}. The answer is {2 * i}" for i in range(60)]
@@ -276,6 +281,79 @@ def test_adapters_and_half_precision_learn_in_every_mode(students: dict[str, str
     for losses, gathered in on_two(jobs, tmp_path / "out"):
         check(losses, one, tolerance=0.02)  # bfloat16 has 8 bits of mantissa
         assert any(".lora_B." in name and float(tensor.abs().max()) > 0 for name, tensor in gathered.items())
+
+
+def built(kind: str, **more: Any) -> Any:
+    """A small model of a transformers class, without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **heads, **more}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gemma", "olmo2"])
+def test_a_decoder_of_plain_attention_is_trained(kind: str) -> None:
+    model.refuse(built(kind))
+
+
+@pytest.mark.parametrize(
+    "kind, more, why",
+    [
+        ("gemma2", {}, r"Gemma2ForCausalLM changes its logits after the head \(final_logit_softcapping\)"),
+        ("gemma3", {"text_config": {"hidden_size": 64, "num_hidden_layers": 2}}, "reads more than text"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"mixes tokens by more than plain attention \(Conv1d\)"),
+        ("gpt_oss", {}, r"mixes tokens by more than plain attention \(model\.layers\.0\.self_attn\.sinks\)"),
+        ("mamba", {}, "cannot be replaced"),
+    ],
+)
+def test_a_student_whose_chats_cannot_be_packed_is_refused(kind: str, more: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        model.refuse(built(kind, **more))
+
+
+def test_such_a_student_is_refused_before_the_teacher_is_asked(students: dict[str, str], tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(students["qwen2"], start)
+    (start / "config.json").write_text(json.dumps(built("gemma2").config.to_dict()))
+    recipe = config.load(str(runs.ROOT / "jobs/recipes/mini.toml"), [f"student.model={start}"])
+    with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits"):
+        loop.checked(recipe, ("teacher", "student"), {})
+    assert loop.checked(recipe, ("student",), {}), "it can be evaluated"
+
+
+def test_a_chat_that_the_template_refuses_is_a_row_with_its_reason(students: dict[str, str], tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(students["qwen2"], start)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + tiny.CHATML
+    (start / "chat_template.jinja").write_text(refuses)
+    said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    chats = [said, [{"role": "system", "content": "Be brief."}, *said]]
+    rows = [{"id": str(n), "round": 0, "messages": chat} for n, chat in enumerate(chats)]
+    table = _tokens_of(pa.Table.from_pylist(rows), str(start), 0, False, 99, {})
+    assert table["error"].to_pylist() == [None, "the student's chat template refuses this chat (no system turn)"]
+
+
+@pytest.mark.parametrize(
+    "odd, kept", [({"temperature": 0.9}, {"temperature": 0.9, "do_sample": True}), ({"pad_token_id": -1}, {})]
+)
+def test_a_generation_config_that_transformers_loads_and_would_not_save_stops_no_export(
+    students: dict[str, str], tmp_path: Path, odd: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    start = tmp_path / "start"
+    shutil.copytree(students["qwen2"], start)
+    file = start / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **odd}))
+    lm = AutoModelForCausalLM.from_pretrained(start)
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        lm.save_pretrained(tmp_path / "plain")
+    export.write(dict(lm.state_dict()), str(start), str(tmp_path / "student"))
+    found = json.loads((tmp_path / "student/generation_config.json").read_text())
+    assert found.items() >= kept.items() and found["eos_token_id"] == json.loads(file.read_text())["eos_token_id"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").generation_config.pad_token_id != -1
 
 
 def test_an_export_that_is_not_the_trained_model_is_found(students: dict[str, str], tmp_path: Path) -> None:

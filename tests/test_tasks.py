@@ -356,6 +356,17 @@ def test_numina_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert counts == Counter(f"left out: {reason}" for reason in golds.values() if reason)
 
 
+@pytest.mark.timeout(120)
+def test_a_gold_that_no_grader_comes_to_an_end_with_holds_nobody_up(tmp_path: Path) -> None:
+    gold = r"about $2^{9^{9^9}}$"  # read as an answer it is the formula alone: only Math-Verify could tell that from the whole
+    rows = [{"id": str(i), "question": f"What is {i}?", "answer": answer} for i, answer in enumerate([gold, "3 "])]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, counts = load(get("numina"), str(tmp_path / "own.jsonl"), None)
+    assert [row["answer"] for row in found] == ["3"] and counts == {"left out: question or gold answer unusable": 1}
+    with pytest.raises(UserError, match=r"row 1: the math grader refuses the answer 'about"):
+        load(get("math"), str(tmp_path / "own.jsonl"), None)
+
+
 def test_a_row_that_breaks_no_rule_but_is_malformed_is_an_error_unless_the_set_is_sifted(tmp_path: Path) -> None:
     rows = [
         {"source": "s", "problem": text, "solution": "\\boxed{1}", "level": "Level 1", "type": "t"} for text in ("One?", " ")

@@ -36,13 +36,13 @@ STRIPS_THINKING = CHATML.replace("{{ message.content }}", "{{ message.content.sp
 
 
 def tokenizer(template: str) -> Any:
-    """A byte-level tokenizer, the same for any text, with a chat template."""
+    """A byte-level tokenizer, in which two line breaks are one token, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = {piece: i for i, piece in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
+    inner = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("Ċ", "Ċ")]))
     inner.normalizer = normalizers.NFC()  # as Qwen's
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -62,6 +62,13 @@ def test_the_loss_lies_on_the_answer_and_its_end_alone(question: str, answer: st
     ids, prompt = supervised(made, chat(question, answer))
     assert made.decode(ids[:prompt]) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert made.decode(ids[prompt:]) == f"{answer}<|im_end|>\n"
+
+
+@pytest.mark.parametrize("lines", ["\n", "\n\n", " \n\n"])
+def test_empty_lines_before_an_answer_are_no_token_of_the_prompt(lines: str) -> None:
+    made = tokenizer(CHATML)
+    assert made.decode(made("\n\n")["input_ids"]) == "\n\n" and len(made("\n\n")["input_ids"]) == 1
+    assert supervised(made, chat("2 + 2?", lines + " 4")) == supervised(made, chat("2 + 2?", " 4"))
 
 
 def test_text_that_the_tokenizer_normalises_is_still_a_lesson() -> None:

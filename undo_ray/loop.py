@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 
-from undo_ray import engines, gap, models, placement, problems, report
+from undo_ray import engines, gap, models, placement, problems, report, train
 from undo_ray.config import Recipe, identity
 from undo_ray.engines.kept import release
 from undo_ray.gap import Gap
@@ -133,7 +133,10 @@ def checked(recipe: Recipe, roles: Sequence[str], known: Mapping[str, Any]) -> d
     }
     trust = {"teacher.model": recipe.teacher.trust_remote_code}
     student = recipe.student.trust_remote_code
-    return {key: models.check(ref, recipe.seed, key, trust.get(key, student)) for key, ref in refs.items()}
+    found = {key: models.check(ref, recipe.seed, key, trust.get(key, student)) for key, ref in refs.items()}
+    if "teacher" in roles and not known:
+        train.check(refs["student.model"], recipe)
+    return found
 
 
 @contextmanager

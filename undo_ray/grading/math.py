@@ -83,6 +83,11 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
     return Verdict(correct=bool(verify(list(wanted), list(got), timeout_seconds=None)), answer=written)
 
 
+def same(text: str, problem: Mapping[str, Any]) -> bool:
+    """Whether a text is the gold answer as it is written, but for its dress: what `grade` finds right without Math-Verify."""
+    return _bare(normal(text)) == _bare(normal(_plain(str(problem["answer"]))))
+
+
 def gold(text: str, problem: Mapping[str, Any]) -> Verdict:
     """Whether Math-Verify can read the gold answer: for sources whose golds nobody has checked. `text` plays no part."""
     return Verdict(correct=bool(parsed(normal(_plain(str(problem["answer"]))))))

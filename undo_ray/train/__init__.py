@@ -35,6 +35,17 @@ if TYPE_CHECKING:
 REMEDY = "delete the stage's folder and run the same command"
 
 
+def check(ref: str, recipe: Recipe) -> None:
+    """Raises UserError where the student cannot be trained: asked before the teacher is paid for its lessons.
+
+    One with code of its own may not build without weights, and is looked at when they are loaded.
+    """
+    from undo_ray.train.model import refuse, skeleton
+
+    if not recipe.student.trust_remote_code:
+        refuse(skeleton(models.local(ref, recipe.seed, weights=False)))
+
+
 def finetune(lessons: Dataset, start: str, recipe: Recipe, out: Stage) -> None:
     """Fine-tune `start` (a ModelRef) on the lessons; the stage's model is a Hugging Face directory.
 

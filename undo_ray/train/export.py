@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from undo_ray.config import Engine
 
 EXACT, ROUNDED = 1e-3, 0.05
 """Largest difference of log-probabilities on the probe in fp32 (identical weights give 0–1e-5); largest mean difference where
-training or the export round to bfloat16."""
+training or the export round to bfloat16, each token counting as much as it is likely: unlikely ones differ by more in a model
+that is the same."""
 
 
 def write(state: dict[str, Tensor], start: str, directory: str, trust: bool = False) -> None:
@@ -37,8 +39,25 @@ def write(state: dict[str, Tensor], start: str, directory: str, trust: bool = Fa
     tokenizer = models.tokenizer(start, trust)
     if len(ends := models.ends(tokenizer, model.generation_config)) > 1:
         model.generation_config.eos_token_id = ends
+    model.generation_config = _savable(model.generation_config)
     model.save_pretrained(directory, max_shard_size="4GB")  # S3 copies no object of more than 5
     tokenizer.save_pretrained(directory)
+
+
+def _savable(config: Any) -> Any:
+    """A generation config that transformers 5 saves. It loads some that it refuses there: sampling values without `do_sample`,
+    which is then set, since they mean it; of others the tokens alone are kept."""
+    from transformers import GenerationConfig
+
+    sampling = copy.deepcopy(config)
+    sampling.do_sample = True
+    for found in (config, sampling):
+        try:
+            found.validate(strict=True)
+            return found
+        except ValueError:
+            pass
+    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
 
 
 def differs(directory: str, ids: list[int], trained: Tensor, exact: bool, trust: bool = False) -> str | None:
@@ -50,7 +69,7 @@ def differs(directory: str, ids: list[int], trained: Tensor, exact: bool, trust:
     with torch.inference_mode():
         loaded = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     apart = (trained.cpu() - loaded).abs()
-    found, limit = (apart.max(), EXACT) if exact else (apart.mean(), ROUNDED)
+    found, limit = (apart.max(), EXACT) if exact else ((loaded.exp() * apart).sum(-1).mean(), ROUNDED)
     if found <= limit:  # also false for NaN
         return None
     return f"transformers loads another model: log-probabilities on a lesson differ by {found:.2g} (limit {limit:g})"

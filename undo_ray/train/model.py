@@ -75,12 +75,17 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each chat. query, key, value: (1, heads, tokens, head size); returns (1, tokens, heads, size).
 
-    In half precision on a GPU torch's variable-length flash attention, else scaled dot products chat by chat.
+    Raises UserError for sinks (`s_aux`) and capped scores, which it does not compute. In half precision on a GPU torch's
+    variable-length flash attention, else scaled dot products chat by chat.
     """
+    if s_aux is not None or softcap:
+        raise UserError(f"student.model: {type(module).__name__} has sinks or capped scores; use another student")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings come in fp32 under autocast
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
@@ -178,23 +183,50 @@ class Scored(nn.Module):
         return head(hidden).float().log_softmax(-1)
 
 
+def skeleton(directory: str) -> Any:
+    """The model without its weights. Raises UserError where transformers has no causal language model for it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(models.config(directory, trust=False))
+    except ValueError as error:
+        raise UserError(f"student.model: no causal language model of transformers ({str(error).splitlines()[0]})") from None
+
+
+def refuse(lm: Any) -> None:
+    """Raise UserError where the loss here, or chats laid end to end, would not be what the model computes."""
+    c, name = lm.config, type(lm).__name__
+    if c.get_text_config(decoder=True) is not c:
+        raise UserError(f"student.model: {name} reads more than text, and only models of text alone are trained; use another")
+    scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(c, key, None)]
+    if scaled:
+        raise UserError(
+            f"student.model: {name} changes its logits after the head ({scaled[0]}), which the loss here does not; use another "
+            "student"
+        )
+    if not lm._supports_attention_backend or lm.base_model is lm:
+        raise UserError(
+            f"student.model: the attention of {name} cannot be replaced, so its chats cannot be packed; use a decoder of the "
+            "Llama, Qwen, Mistral, Phi or SmolLM kind"
+        )
+    mixed = set(getattr(c, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    mixed |= {type(part).__name__ for part in lm.modules() if isinstance(part, nn.Conv1d)}
+    mixed |= {path for path, _ in lm.named_parameters() if path.endswith(".sinks")}
+    if mixed:
+        raise UserError(
+            f"student.model: {name} mixes tokens by more than plain attention ({min(mixed)}), so chats in one row would see "
+            "one another; use a decoder of the Llama, Qwen, Mistral, Phi or SmolLM kind"
+        )
+
+
 def load(directory: str, spec: Student) -> Any:
     """The model to train, in fp32 on the CPU, with the adapters and the recomputation that the recipe asks for."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
     lm = models.weights(directory, spec.trust_remote_code, dtype=torch.float32, attn_implementation=ATTENTION)
-    scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(lm.config, key, None)]
-    if scaled:
-        raise UserError(
-            f"student.model: {type(lm).__name__} changes its logits after the head ({scaled[0]}), which the loss here "
-            "does not; use another student"
-        )
-    if not lm._supports_attention_backend or lm.base_model is lm:
-        raise UserError(
-            f"student.model: the attention of {type(lm).__name__} cannot be replaced, so its chats cannot be packed; "
-            "use a decoder of the Llama, Qwen, Mistral, Gemma, Phi or SmolLM kind"
-        )
+    refuse(lm)
     if spec.kernels == "liger":
         try:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance as fuse

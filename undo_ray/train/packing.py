@@ -105,14 +105,14 @@ def pack(tokens: Place, spec: Student, seed: int, place: Place) -> dict[str, Any
     def packed(step: int, keys: list[Key]) -> list[Row]:
         rows = []
         for row, chosen in enumerate(rows_of(keys, lengths, room, spec.workers)):
-            chats = table["input_ids"].take(pa.array([where[key] for key in chosen], pa.int64())).to_pylist()
+            chats = table["input_ids"].take(pa.array([where[key] for key in chosen], pa.int64()))
             rows.append(
                 {
                     "step": step,
                     "row": row,
                     "ids": [id for id, _ in chosen],
-                    "input_ids": [token for chat in chats for token in chat],
-                    "lengths": [len(chat) for chat in chats],
+                    "input_ids": chats.combine_chunks().flatten().to_numpy(),  # as Python's numbers ten times as large
+                    "lengths": [lengths[key] for key in chosen],
                     "prompts": [prompts[key] for key in chosen],
                 }
             )
@@ -149,27 +149,31 @@ class Steps:
 
     def __init__(self, place: Place, rank: int, workers: int):
         self.place, self.rank, self.workers = place, rank, workers
-        self._name, self._rows = "", dict[int, list[Row]]()
+        self._name, self._steps = "", dict[int, tuple[list[Row], int]]()
 
     def __getitem__(self, step: int) -> tuple[list[Row], int]:
         """(this worker's rows of a step, supervised tokens in the rows of all workers)."""
         if self._name != _file(step):
-            self._name, self._rows = _file(step), {}
-            for row in self._read(self._name):
-                self._rows.setdefault(row["step"], []).append(row)
-        return self._own(self._rows[step])
+            self._name, self._steps = _file(step), self._read(_file(step))
+        return self._steps[step]
 
     def held_out(self) -> tuple[list[Row], int]:
         """The same, of the chats that are not trained on."""
-        return self._own(self._read("held-out.parquet"))
+        return self._read("held-out.parquet").get(0, ([], 0))
 
-    def _read(self, name: str) -> list[Row]:
+    def _read(self, name: str) -> dict[int, tuple[list[Row], int]]:
+        """By step. The tokens of other workers' rows, which are most of a file, never become Python's numbers."""
         file = self.place / name
-        return plain_rows(pq.read_table(file.path, filesystem=file.fs), file.uri)
-
-    def _own(self, rows: list[Row]) -> tuple[list[Row], int]:
-        own = [row for row in rows if row["row"] % self.workers == self.rank]
-        return own, sum(supervised_tokens(row) for row in rows)
+        table = pq.read_table(file.path, filesystem=file.fs)
+        lines = plain_rows(table.select(["step", "row", "lengths", "prompts"]), file.uri)
+        own = table.filter(pa.array([line["row"] % self.workers == self.rank for line in lines], pa.bool_()))
+        found: dict[int, tuple[list[Row], int]] = {}
+        for line in lines:
+            rows, supervised = found.get(line["step"], ([], 0))
+            found[line["step"]] = rows, supervised + supervised_tokens(line)
+        for row in plain_rows(own, file.uri):
+            found[row["step"]][0].append(row)
+        return found
 
 
 def supervised_tokens(row: Row) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ TOKENS = pa.schema(
     [
         ("id", pa.string()),
         ("round", pa.int64()),
-        ("input_ids", pa.list_(pa.int32())),
+        ("input_ids", pa.large_list(pa.int32())),  # of all lessons more than 2³¹ tokens, in one table
         ("prompt", pa.int32()),
         ("error", pa.string()),
     ]
@@ -76,8 +77,9 @@ def _tokens_of(table: pa.Table, start: str, seed: int, trust: bool, max_length: 
         name = {"id": row["id"], "round": row["round"]}
         try:
             input_ids, prompt = supervised(tokenizer, row["messages"], **template)
-        except UserError as error:  # data, so that the driver says it in one line and no task is tried again for it
-            rows.append({**name, "input_ids": [], "prompt": 0, "error": str(error)})
+        except Exception as error:  # a template raises what it likes: data, so that no task is tried again for it
+            why = str(error) if isinstance(error, UserError) else f"the student's chat template refuses this chat ({error})"
+            rows.append({**name, "input_ids": [], "prompt": 0, "error": why})
             continue
         if len(input_ids) <= max_length:
             rows.append({**name, "input_ids": input_ids, "prompt": prompt, "error": None})
@@ -92,6 +94,8 @@ def supervised(tokenizer: Any, messages: list[Message], **template: Any) -> tupl
     Raises UserError, showing the chat as the model would see it, when the template leaves the assistant nothing to learn or
     rewrites what came before it.
     """
+    # Empty lines at the start would be one token with the line break that ends the prompt.
+    messages = [*messages[:-1], {**messages[-1], "content": re.sub(r"^\s*\n", "", messages[-1]["content"])}]
     render = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False, **template)
     prompt = list(render(messages[:-1], add_generation_prompt=True))
     whole = list(render(messages))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -31,6 +32,9 @@ from undo_ray.types import Damaged, Row, UserError
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 peak by what a GPU's name holds, from NVIDIA's data sheets."""
+
+PROBE = 512
+"""Tokens of a lesson on which the export is compared: all their logits are held at once."""
 
 TRIES = 4
 """At a file, before a storage error counts."""
@@ -121,6 +125,8 @@ class Worker:
     def run(self) -> None:
         """From the last checkpoint, or the start, to the export."""
         self.resume()
+        # Of dropout: every worker's own, and after a checkpoint not the first steps' again.
+        torch.manual_seed(random.Random(repr((self.job.seed, self.rank, self.step))).getrandbits(63))
         if self.step == 0:
             self.before = self.held_out()
         steps, saved, since = self.job.plan["steps"], time.monotonic(), time.monotonic()
@@ -266,6 +272,7 @@ class Worker:
         after = self.held_out()
         probe = self.probe()
         self.sharded.module.eval()
+        torch.backends.cuda.matmul.allow_tf32 = False  # the export is compared in full fp32
         with torch.no_grad(), self.sharded.micro(last=True):
             trained = self.sharded.module(model.batch(probe, self.device), loss=False)
         state = self.sharded.gather()
@@ -291,11 +298,11 @@ class Worker:
         retried(lambda: self.job.report.write_json(report))
 
     def probe(self) -> Row:
-        """The first chat of the first step, the same on every worker."""
-        first = Steps(self.job.packed, 0, 1)[0][0]
+        """The beginning of the first chat of the first step, the same on every worker."""
+        first = Steps(self.job.packed, 0, self.workers)[0][0]
         row = next(row for row in first if row["lengths"])
-        length = row["lengths"][0]
-        return {"input_ids": row["input_ids"][:length], "lengths": [length], "prompts": row["prompts"][:1]}
+        length = min(row["lengths"][0], PROBE)
+        return {"input_ids": row["input_ids"][:length], "lengths": [length], "prompts": [1]}
 
 
 def _upload(checkpoint: Any, name: str) -> Any:
