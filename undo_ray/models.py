@@ -181,11 +181,13 @@ def _make(ref: str, seed: int) -> str:
 def _download(uri: str, weights: bool) -> str:
     from filelock import FileLock
 
-    target = cache() / "models" / f"{hashlib.sha256(uri.encode()).hexdigest()[:24]}{'' if weights else '-light'}"
+    place = Place(uri)
+    # Of files that were written anew, a node must not keep the old ones while another has the new.
+    version = [uri, *((name, info.size, info.mtime_ns) for name, info in place.files().items())]
+    target = cache() / "models" / f"{hashlib.sha256(repr(version).encode()).hexdigest()[:24]}{'' if weights else '-light'}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / ".complete").exists():
-            place = Place(uri)
             _looked_at(uri, place.names())
             target.mkdir(exist_ok=True)
             place.download(str(target), _FILES if weights else _FILES[1:])
