@@ -274,8 +274,9 @@ def test_cut_files_are_set_aside_and_made_again(whole: Path, tmp_path: Path, pat
 
 def test_what_is_kept_for_going_on_is_set_aside_when_cut(whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("round-01", "tests", "report.json"))
     lists = "**/checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints it knows of
-    kept = {"round-00/student": (lists, b"step-"), "round-01/rationales": ("generations/*/done/*.parquet", b"")}
+    kept = {"round-01/rationales": ("generations/*/done/*.parquet", b""), "round-01/student": (lists, b"step-")}
     outputs = []
     for stage, (sign, text) in kept.items():
         process = runs.start("mini", run_dir, *SMALL)
