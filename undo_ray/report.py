@@ -243,7 +243,7 @@ def table(report: Json, title: str) -> str:
     if report["hints"] != "off":
         hinted, lessons = (sum(record[name] for record in report["rounds"]) for name in ("hinted_lessons", "lessons"))
         notes.append(f"hints: {report['hints']}; the teacher wrote {hinted} of {lessons} lessons after it was shown the gold")
-    if reused := sum((record["reused"] or {"generations": 0})["generations"] for record in report["rounds"]):
+    if reused := sum((record.get("reused") or {"generations": 0})["generations"] for record in report["rounds"]):
         notes.append(f"teacher.cache: {reused:,} rationales were made in other runs; their tokens are in no figure here")
     if spent := {kind: amount for kind, amount in report["money"].items() if amount is not None}:
         notes.append(
@@ -253,7 +253,7 @@ def table(report: Json, title: str) -> str:
         gain = report["gain"]
         points, low, high = (f"{100 * gain[key]:+.1f}" for key in ("gain", "low", "high"))
         notes.append(
-            f"gain of round {gain['round']} over round 0 on {primary}: {points} points [{low}, {high}] "
+            f"gain of round {gain.get('round', chosen)} over round 0 on {primary}: {points} points [{low}, {high}] "
             f"(the same {gain['n']} questions: {gain['won']} won, {gain['lost']} lost)"
         )
     return "\n".join([title, "", *rows, "", *notes])
