@@ -81,7 +81,7 @@ def planned(recipe: Path | str, *overrides: str, gpus: str | None = None, tokens
 
 def prompt_tokens(recipe: Path, question: int) -> float:
     """Of a plain question: itself, a blank line, how to answer, and what the chat template adds."""
-    return question + 2 / plan.BYTES + plan._tokens(plan._instruction(config.load(recipe))) + plan.CHAT
+    return question + 2 / plan.BYTES + plan._tokens(plan._task(config.load(recipe)).instruction) + plan.CHAT
 
 
 def test_the_shapes_of_known_models_have_their_published_sizes() -> None:

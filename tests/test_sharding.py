@@ -283,19 +283,25 @@ def test_adapters_and_half_precision_learn_in_every_mode(students: dict[str, str
         assert any(".lora_B." in name and float(tensor.abs().max()) > 0 for name, tensor in gathered.items())
 
 
-def built(kind: str, **more: Any) -> Any:
-    """A small model of a transformers class, without weights."""
+def built(kind: str, device: str = "meta", **more: Any) -> Any:
+    """A small model of a transformers class; without weights on the device `meta`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    with torch.device("meta"):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **heads, **more}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gemma", "olmo2"])
-def test_a_decoder_of_plain_attention_is_trained(kind: str) -> None:
-    model.refuse(built(kind))
+def test_a_decoder_of_plain_attention_is_trained_on_packed_chats_as_on_single_ones(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    directory = str(tmp_path)
+    built(kind, "cpu").save_pretrained(directory)
+    model.refuse(model.skeleton(directory))
+    several = chats(4, 4)
+    together = float(model.Scored(model.load(directory, spec()))(model.batch(row(several), CPU)).detach())
+    assert together == pytest.approx(sum(alone(directory, *chat) for chat in several), rel=1e-5)
 
 
 @pytest.mark.parametrize(

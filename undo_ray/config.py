@@ -201,9 +201,7 @@ class Engine(_Section):
                 f"resources.gpus = {self.resources.gpus:g}, but tensor_parallel x pipeline_parallel = {parts}: the other GPUs "
                 "would be paid for and idle; make both the same"
             )
-        if self.nodes > 1 and (
-            self.kind != "vllm" or self.lifetime != "run" or self.resources.gpus != parts or parts % self.nodes
-        ):
+        if self.nodes > 1 and (self.kind != "vllm" or self.lifetime != "run" or parts % self.nodes):
             raise ValueError(
                 f'nodes = {self.nodes} needs kind = "vllm", lifetime = "run", and tensor_parallel x pipeline_parallel = '
                 f"resources.gpus, as many on each node; it is {parts}, and resources.gpus {self.resources.gpus:g}"

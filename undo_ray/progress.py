@@ -179,7 +179,8 @@ class Progress:
 
 def left(figures: Mapping[str, float], seconds: float, first: First) -> float | None:
     """Seconds until a stage has done all, at its pace since `first`; None while that is not known."""
-    done, total, worked = figures.get("done", 0), figures.get("total", 0), figures.get("done", 0) - first[0]
+    done, total = figures.get("done", 0), figures.get("total", 0)
+    worked = done - first[0]
     return (total - done) * (seconds - first[1]) / worked if total and worked > 0 else None
 
 
@@ -192,8 +193,8 @@ def line(figures: Mapping[str, float], seconds: float, first: First = START, fin
     if total and done:
         parts = [f"[{'#' * int(20 * min(1.0, done / total)):.<20}]"] if bar else []
         parts.append(f"{done:.0f}/{total:.0f}")
-    worked, since = (done, 0.0) if final else (done - first[0], first[1])
-    parts += [f"{worked / (seconds - since):.1f} rows/s"] if worked > 0 else []
+    worked = done - first[0]
+    parts += [f"{worked / (seconds - first[1]):.1f} rows/s"] if worked > 0 else []
     parts += [f"{tokens / seconds:,.0f} tokens/s"] if tokens else []
     parts += [f"{figures[well] / asked:.0%} {well}" for well in ("accepted", "right") if asked and well in figures]
     parts += [f"{figures['errors']:.0f} failed"] if figures.get("errors") else []

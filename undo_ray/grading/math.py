@@ -85,7 +85,8 @@ def grade(text: str, problem: Mapping[str, Any]) -> Verdict:
 
 def same(text: str, problem: Mapping[str, Any]) -> bool:
     """Whether a text is the gold answer as it is written, but for its dress: what `grade` finds right without Math-Verify."""
-    return _bare(normal(text)) == _bare(normal(_plain(str(problem["answer"]))))
+    gold = normal(_plain(str(problem["answer"])))
+    return bool(gold) and _bare(normal(text)) == _bare(gold)
 
 
 def gold(text: str, problem: Mapping[str, Any]) -> Verdict:

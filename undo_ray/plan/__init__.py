@@ -97,8 +97,7 @@ def plan(
         "rounds": rounds,
         "tests": tests,
         "gpu_hours": hours,
-        "idle_gpu_hours": sum(stage["idle_gpu_hours"] for entry in rounds for stage in entry["stages"].values())
-        + (tests["idle_gpu_hours"] if tests else 0.0),
+        "idle_gpu_hours": sum(part["idle_gpu_hours"] for part in parts),
         "wall_hours": sum(part["wall_seconds"] for part in parts) / 3600,
         "money": money(recipe.prices, tokens, hours * 3600),
         "formulas": formulas,
@@ -131,10 +130,9 @@ class Table:
         texts = Texts(requests, _plain(self.recipe, self.known), 0.0, self.known.attempt)
         return _answers(self.student_model, self.recipe.student.engine, self.gpu, texts, formulas, name, stages)
 
-    def training(self, k: int, formulas: list[str]) -> Json:
-        """The training of round k."""
-        lessons = self.asked["train"] * (k + 1 if self.recipe.lessons.mode == "accumulate" else 1)
-        return _training(self.recipe, self.known, lessons, self.student_model, self.gpu, formulas)
+    def training(self, questions: int, formulas: list[str]) -> Json:
+        """The training of one round on the lessons of so many questions."""
+        return _training(self.recipe, self.known, questions, self.student_model, self.gpu, formulas)
 
     def _texts(self, k: int) -> Texts:
         return _texts(self.recipe, self.known, self.asked, k, self.recipe.teacher.template, self.teacher_model)
@@ -145,8 +143,8 @@ class Table:
 
 def _notes(recipe: Recipe, asked: Json, measured: bool) -> list[str]:
     """What of this recipe the figures do not hold, one sentence each."""
-    spec, data, task = recipe.teacher, recipe.data, tasks.parse_source(recipe.data.train, "train")[0]
-    cleaned = data.clean == "ngram" and not task.templated
+    spec, data = recipe.teacher, recipe.data
+    cleaned = data.clean == "ngram" and not _task(recipe).templated
     found = []
     if cleaned and _cleaned(recipe) is None and asked["train"] != data.train_limit:
         found.append("what data.clean removes is not known here and not taken off the questions")
@@ -219,7 +217,7 @@ def _filled(recipe: Recipe, count: int) -> Recipe:
         return engine if fixed else engine.model_copy(update={"replicas": int(room // engine.resources.gpus)})
 
     teacher, engine = filled(recipe.teacher.engine), filled(student.engine)
-    workers = 1 if student.sharding == "none" else min(int(room // student.resources.gpus), _chats(student))
+    workers = 1 if student.sharding == "none" else _busy(int(room // student.resources.gpus), student)
     return recipe.model_copy(
         update={
             "teacher": recipe.teacher.model_copy(update={"engine": teacher}),
@@ -228,9 +226,9 @@ def _filled(recipe: Recipe, count: int) -> Recipe:
     )
 
 
-def _chats(student: Student) -> int:
-    """Most workers that have a chat in every step; with batch_tokens a step is taken to be long enough."""
-    return 10**6 if student.batch_tokens else student.batch_size
+def _busy(workers: int, student: Student) -> int:
+    """Of so many workers, those that have a chat in every step; with batch_tokens a step is taken to be long enough for all."""
+    return workers if student.batch_tokens else min(workers, student.batch_size)
 
 
 def _pair(text: str, flag: str, keys: Sequence[str]) -> tuple[str, str]:
@@ -270,7 +268,7 @@ def _lengths(recipe: Recipe, given: Sequence[str]) -> Lengths:
         if not (value.isascii() and value.isdigit() and int(value)):
             raise UserError(f"--tokens {text}: {value!r} is no count of tokens; write it as --tokens {key}=400")
         changed[key] = float(value)
-    name = tasks.parse_source(recipe.data.train, "train")[0].name
+    name = _task(recipe).name
     if name in LENGTHS:
         return replace(LENGTHS[name], **changed)
     if missing := [key for key in keys if key not in changed]:
@@ -296,8 +294,9 @@ class Texts:
         return {name: round(self.requests * tokens) for name, tokens in each.items()}
 
 
-def _instruction(recipe: Recipe) -> str:
-    return tasks.parse_source(recipe.data.train, "train")[0].instruction
+def _task(recipe: Recipe) -> tasks.Task:
+    """Whose questions are taught."""
+    return tasks.parse_source(recipe.data.train, "train")[0]
 
 
 def _tokens(text: str) -> float:
@@ -312,7 +311,7 @@ def _texts(recipe: Recipe, known: Lengths, asked: Json, k: int, template: str, t
     """The teacher's in round k, by rendering the template with filler text."""
     train = asked["train"] if k or recipe.round0 == "run" else 0
     show = 0 if k else asked["show"]
-    instruction, feedback = _instruction(recipe), recipe.gap.feedback
+    instruction, feedback = _task(recipe).instruction, recipe.gap.feedback
     if k == 0 or feedback == "none":
         chats = [prompts.solve(_filler(letter, known.question), instruction) for letter in "qr"]
         shown: list[Case] = []
@@ -348,7 +347,7 @@ def _case(known: Lengths, letter: str, past: int) -> Case:
 
 def _plain(recipe: Recipe, known: Lengths) -> float:
     """Tokens of the prompt that asks a question alone."""
-    return _length(prompts.solve(_filler("q", known.question), _instruction(recipe))) + CHAT
+    return _length(prompts.solve(_filler("q", known.question), _task(recipe).instruction)) + CHAT
 
 
 # -- what it takes ------------------------------------------------------------------------------------------------------
@@ -356,13 +355,12 @@ def _plain(recipe: Recipe, known: Lengths) -> float:
 
 def weight_bytes(model: Model, engine: Engine) -> float:
     """Of one replica. Raises UserError for a way to quantise whose size is not known."""
-    plain, method = 4.0 if engine.dtype == "float32" else 2.0, engine.kwargs.get("quantization")
-    if model.quantised is None and method is None:
-        return model.parameters * plain
-    if model.quantised is None and method not in QUANTISED:
-        raise UserError(f"kwargs.quantization = {method!r}: its size is not known here; known are {', '.join(QUANTISED)}")
-    each = QUANTISED[str(method)] if model.quantised is None else model.quantised
-    return model.tables * plain + (model.parameters - model.tables) * each
+    plain, each = 4.0 if engine.dtype == "float32" else 2.0, model.quantised
+    if each is None and (method := engine.kwargs.get("quantization")) is not None:
+        if method not in QUANTISED:
+            raise UserError(f"kwargs.quantization = {method!r}: its size is not known here; known are {', '.join(QUANTISED)}")
+        each = QUANTISED[method]
+    return model.tables * plain + (model.parameters - model.tables) * (plain if each is None else each)
 
 
 def kv_bytes(model: Model, engine: Engine) -> float:
@@ -420,8 +418,7 @@ def _training(recipe: Recipe, known: Lengths, lessons: float, student: Model, gp
     one = _plain(recipe, known) + known.rationale
     tokens = float(spec.tokens or lessons * one * (spec.epochs or 1))
     passes = (4 if spec.lora.rank else 6) + (2 if spec.gradient_checkpointing else 0)
-    held, each = spec.workers * spec.resources.gpus, spec.resources.gpus
-    working = min(spec.workers, _chats(spec)) * each
+    held, working = (workers * spec.resources.gpus for workers in (spec.workers, _busy(spec.workers, spec)))
     peak = gpu.peak * (1 if spec.dtype == "bfloat16" else 0.5) * TRAINING_MFU
     work = tokens * (passes * student.parameters + passes / 2 * (student.flops(one / 2) - student.flops(0))) / (working * peak)
     load = START + 2 * student.parameters / LOAD
@@ -446,15 +443,15 @@ def _round(recipe: Recipe, asked: Json, k: int, costs: Table | Pilot, count: int
     if (rationales := costs.rationales(k, kept)) is not None:
         stages["rationales"] = rationales
     if k or not recipe.round0.startswith("student:"):
-        stages["student"] = costs.training(k, kept)
+        of_rounds = k + 1 if recipe.lessons.mode == "accumulate" else 1
+        stages["student"] = costs.training(asked["train"] * of_rounds, kept)
     stages["measure"] = costs.answers(asked["show"] + asked["select"], [], "")
     stages = {name: _stage(figures, count) for name, figures in stages.items()}
     return {
         "round": k,
         **costs.teacher(k),
         "stages": stages,
-        "gpu_hours": sum(figures["gpu_hours"] for figures in stages.values()),
-        "wall_seconds": sum(figures["wall_seconds"] for figures in stages.values()),
+        **{name: sum(figures[name] for figures in stages.values()) for name in ("gpu_hours", "idle_gpu_hours", "wall_seconds")},
     }
 
 
@@ -489,6 +486,5 @@ def _templates(recipe: Recipe, known: Lengths, asked: Json, teacher: Model, gpu:
         texts = _texts(recipe, known, asked, k, template, teacher)
         figures = _answers(teacher, recipe.teacher.engine, gpu, texts, [], "")
         found[template] = {**asdict(texts), **figures}
-    task = tasks.parse_source(recipe.data.train, "train")[0].name
-    reported = PAPER_HOURS if task == "numina" and asked["train"] == PAPER_QUESTIONS else None
+    reported = PAPER_HOURS if _task(recipe).name == "numina" and asked["train"] == PAPER_QUESTIONS else None
     return {**found, "reported_gpu_hours": reported}

@@ -152,11 +152,10 @@ class Pilot:
         each = {**self.stages["attempts"], "load_seconds": stages * self.stages["attempts"]["load_seconds"]}
         return _stage(name, each, "requests", requests, engine.replicas, engine.resources, formulas)
 
-    def training(self, k: int, formulas: list[str]) -> Json:
-        """The training of round k."""
+    def training(self, questions: int, formulas: list[str]) -> Json:
+        """The training of one round on the lessons of so many questions."""
         spec, each = self.recipe.student, self.stages["training"]
-        rounds = k + 1 if self.recipe.lessons.mode == "accumulate" else 1
-        lessons = self.asked["train"] * each["lessons_per_question"] * rounds
+        lessons = questions * each["lessons_per_question"]
         tokens = float(spec.tokens or lessons * each["tokens_per_lesson"] * (spec.epochs or 1))
         return {"tokens": tokens, **_stage("training", each, "tokens", tokens, spec.workers, spec.resources, formulas)}
 

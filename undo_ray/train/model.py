@@ -24,6 +24,9 @@ from undo_ray.types import Row, UserError
 ATTENTION = "undo_ray_packed"
 """Name under which transformers finds `packed_attention`."""
 
+OTHERS = "use a decoder of the Llama, Qwen, Mistral, Phi or SmolLM kind"
+"""What is said where chats cannot be packed."""
+
 PIECE = 2**25
 """Logits (positions × vocabulary) held at a time: 128 MB in fp32."""
 
@@ -206,17 +209,14 @@ def refuse(lm: Any) -> None:
             "student"
         )
     if not lm._supports_attention_backend or lm.base_model is lm:
-        raise UserError(
-            f"student.model: the attention of {name} cannot be replaced, so its chats cannot be packed; use a decoder of the "
-            "Llama, Qwen, Mistral, Phi or SmolLM kind"
-        )
+        raise UserError(f"student.model: the attention of {name} cannot be replaced, so its chats cannot be packed; {OTHERS}")
     mixed = set(getattr(c, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     mixed |= {type(part).__name__ for part in lm.modules() if isinstance(part, nn.Conv1d)}
     mixed |= {path for path, _ in lm.named_parameters() if path.endswith(".sinks")}
     if mixed:
         raise UserError(
             f"student.model: {name} mixes tokens by more than plain attention ({min(mixed)}), so chats in one row would see "
-            "one another; use a decoder of the Llama, Qwen, Mistral, Phi or SmolLM kind"
+            f"one another; {OTHERS}"
         )
 
 
