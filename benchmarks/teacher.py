@@ -171,7 +171,7 @@ def ours(
 
     def grade(table: Any) -> Any:
         found = [(row, generation) for row in table.to_pylist() for generation in row["out"]]
-        judged(found, parse_solve, shared(5.0, 1.0))
+        judged(found, parse_solve, shared(5.0, 1.0), {"gsm8k"})
         return table
 
     begun, kept = time.time(), Place(str(place / "journal"))

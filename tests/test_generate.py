@@ -61,7 +61,8 @@ def test_each_half_of_the_feedback_stands_alone(cluster: None, template: str, fe
     case = prompts.Case("How far?", ((0, "Far, 12."),), "12", "Near, 3.", "3", False)
     entry = {"round": 0, "rationale": "3 x 2 = 6", "rationale_verdict": verdict(True, "6"), "diagnosis": None}
     row = {**ROW, "history": [{**entry, "attempt": "Maybe 5.", "attempt_verdict": verdict(False, "5")}]}
-    [message] = generate._Explain(ray.put((case,)), None, template, feedback, None)(row)
+    sets = [f"teacher.template={template}", f"gap.feedback={feedback}"]
+    [message] = generate._Explain(config.load(ROOT / "jobs/recipes/gsm8k.toml", sets), ray.put((case,)))(row)
     assert QUESTION["question"] in message["content"]
     assert ("How far?" in message["content"]) is examples
     assert ("3 x 2 = 6" in message["content"]) is own
@@ -71,14 +72,14 @@ def test_each_half_of_the_feedback_stands_alone(cluster: None, template: str, fe
 
 
 def judge(given: dict[str, Any], parse: Any) -> Any:
-    [found] = generate.judged([(ROW, given)], parse, shared(5.0, 1.0))
+    [found] = generate.judged([(ROW, given)], parse, shared(5.0, 1.0), {"gsm8k"})
     return found
 
 
 def test_verdicts_stay_with_their_generations() -> None:
     texts = ["#### 6", None, "#### 5", "<think>", "#### 7", "#### 6"]
     given = [(ROW, generation(text, "stop", None if text else "broken")) for text in texts]
-    found = generate.judged(given, prompts.parse_solve, shared(5.0, 1.0))
+    found = generate.judged(given, prompts.parse_solve, shared(5.0, 1.0), {"gsm8k"})
     assert [(verdict["answer"], verdict["reason"]) for _, _, verdict in found] == [
         ("6", None),
         (None, "engine_error"),
@@ -394,7 +395,8 @@ def test_permuting_leaves_what_it_was_given_alone() -> None:
 
 
 def lessons(rows: list[dict[str, Any]], k: int, mode: str) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = _to_lessons(pa.Table.from_pylist(rows, schema=ROWS), k, mode).to_pylist()
+    recipe = config.load(ROOT / "jobs/recipes/gsm8k.toml", [f"lessons.mode={mode}"])
+    made: list[dict[str, Any]] = _to_lessons(pa.Table.from_pylist(rows, schema=ROWS), k, recipe).to_pylist()
     return made
 
 
@@ -557,5 +559,10 @@ def test_rows_the_engine_failed_on_are_copied_apart_and_too_many_of_them_fail_th
         assert caught.value.exit_code == 1 and not (tmp_path / "run/round-01/attempts/manifest.json").exists()
         step.once("attempts", attempts, 0.2)
         assert step.manifests["attempts"]["figures"]["engine_errors"] == 2
-    copies = pq.read_table(place)
-    assert copies.schema.remove_metadata() == ROWS and sorted(copies.column("id").to_pylist()) == ["q3", "q7"]
+        copies = pq.read_table(place)
+        assert copies.schema.remove_metadata() == ROWS and sorted(copies.column("id").to_pylist()) == ["q3", "q7"]
+        with pytest.raises(UserError):
+            run.round(2).once("attempts", attempts, 0.1)
+        rows = [{**row, "attempt": answer(0)} for row in rows]  # the endpoint is back, and answers all of them
+        run.round(2).once("attempts", attempts, 0.1)
+        assert not (tmp_path / "run/quarantine/round-02-attempts").exists()

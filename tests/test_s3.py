@@ -46,10 +46,12 @@ def test_an_object_that_s3_does_not_copy_by_itself_is_moved(s3: str, monkeypatch
 
 
 def test_a_hub_model_is_the_same_on_every_node() -> None:
-    assert models.located("org/student", "0f1e2d") == models.located("org/student@main", "0f1e2d") == "org/student@0f1e2d"
+    one, other = "0f1e2d" + 34 * "0", "3c4b5a" + 34 * "0"
+    assert models.located("org/student", one) == models.located("org/student@main", one) == f"org/student@{one}"
+    assert models.located("org/student@main", "refs/pr/7") == "org/student@main", "a commit, and nothing that moves"
     given = config.load(runs.ROOT / "jobs/recipes/math.toml").model_copy(update={"round0": "student:org/first"})
-    found = loop.located(given, {"weights of round0": "0f1e2d", "weights of teacher.model": "3c4b5a"})
-    assert found.round0 == "student:org/first@0f1e2d" and found.teacher.model.endswith("@3c4b5a")
+    found = loop.located(given, {"weights of round0": one, "weights of teacher.model": other})
+    assert found.round0 == f"student:org/first@{one}" and found.teacher.model.endswith(f"@{other}")
 
 
 def test_a_driver_knows_a_model_behind_a_uri_without_its_weights(

@@ -327,6 +327,27 @@ def test_pickled_objects_in_parquet_are_refused(canary: Path, tmp_path: Path) ->
     assert canary.exists(), "the column type is one that runs code where nobody looks"
 
 
+def test_a_row_chooses_no_module_to_import(canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
+    """The working directory is on the path of every worker, and run directories lie below it."""
+    from undo_ray import generate, lessons
+    from undo_ray.grading.pool import shared
+    from undo_ray.prompts import parse_solve
+
+    (tmp_path / "planted.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    known, lesson = config.load(recipe), {"round": 0, "hint": None, "rationale": "#### 1"}
+    row = {"id": "a", "task": "planted:X", "split": "train", "question": "b", "answer": "1", "choices": None, "history": None}
+    given = {"text": "#### 1", "finish_reason": "stop", "engine_error": None}
+    for use in (
+        lambda: generate._Explain(known, None)(row),
+        lambda: generate._solver(("train",), known.data.tasks)(row),
+        lambda: generate.judged([(row, given)], parse_solve, shared(5.0, 1.0), known.data.tasks),
+        lambda: lessons._to_lessons(pa.Table.from_pylist([{**row, "lesson": lesson}]), 0, known),
+    ):
+        assert "a row has the task 'planted:X', the recipe names gsm8k" in refused(use)
+    assert not canary.exists()
+
+
 def test_training_state_that_could_run_code_is_refused(plain: Path, canary: Path, tmp_path: Path) -> None:
     import torch
     import torch.distributed.checkpoint as dcp

@@ -65,6 +65,11 @@ class Data(_Section):
     shared: bool = False
     """one validation set for both uses, as in the paper; marked in the report"""
 
+    @property
+    def tasks(self) -> frozenset[str]:
+        """The tasks that the sources name."""
+        return frozenset(text.strip().partition("/")[0] for text in (self.train, self.validation or self.train, *self.tests))
+
     @model_validator(mode="after")
     def _sets(self) -> Data:
         if not self.shared and self.select == 0:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from undo_ray import clean, engines, gap, models, prompts, tasks
-from undo_ray.config import Engine, Grading, Recipe, Student, Teacher, digest
+from undo_ray.config import Engine, Recipe, Student, Teacher, digest
 from undo_ray.engines.journal import busy, finished, interrupted, replicas, share, starts
 from undo_ray.gap import Gap, row_seed
 from undo_ray.grading.pool import Job, Pool, shared
@@ -89,7 +89,7 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
         total += count
         out.progress.total(total)
         seeds = partial(_seeds, recipe.seed, "rationale", k, samples)
-        render = partial(_Explain, shown_ref, permuted_ref, spec.template, feedback, hint)
+        render = partial(_Explain, recipe, shown_ref, permuted_ref, hint)
         judge = partial(_judge_rationales, k=k, recipe=recipe, held_ref=held_ref, hint=hint)
         rows = _answered(rows, recipe, "teacher", spec.model, render, parse, judge, seeds, out)
         if number < len(waves):  # executed before the next begins: one pool of engines at a time, and no row asked in vain
@@ -100,7 +100,7 @@ def explain(rows: Dataset, gap_ref: Any, recipe: Recipe, out: Stage) -> None:
     close = partial(_closed, k=k, keep=recipe.gap.history, select=recipe.lessons.select)
     files = out.write(rows.union(*parts).map_batches(close, batch_format="pyarrow"))
     (out.place / "waves").remove()
-    prefix = _prefix(recipe, _Explain(shown_ref, None, spec.template, feedback, None), tokenizer)
+    prefix = _prefix(recipe, _Explain(recipe, shown_ref), tokenizer)
     totals = gap.total(_counted(files, out, spec.engine, "teacher", spec.model, prefix or 0))
     possible = (prefix or 0) * (totals["generations"] - totals["broken"])
     out.note(prefix={"tokens": prefix, "cached": round(totals["prefix_tokens"] / possible, 4) if possible else None})
@@ -211,16 +211,16 @@ class _Explain:
     `hint`: the column of the row's gold that the chat shows.
     """
 
-    def __init__(self, shown_ref: Any, permuted_ref: Any, template: str, feedback: str, hint: str | None):
+    def __init__(self, recipe: Recipe, shown_ref: Any, permuted_ref: Any = None, hint: str | None = None):
         import ray
 
-        self.plain, self.feedback, self.hint = shown_ref is None, feedback, hint
-        self.shown: Sequence[Case] = () if self.plain or feedback == "history" else ray.get(shown_ref)
+        self.plain, self.feedback, self.hint = shown_ref is None, recipe.gap.feedback, hint
+        self.shown: Sequence[Case] = () if self.plain or self.feedback == "history" else ray.get(shown_ref)
         self.permuted: dict[str, list[Row]] = ray.get(permuted_ref) if permuted_ref is not None else {}
-        self.template = prompts.TEMPLATES[template]
+        self.template, self.tasks = prompts.TEMPLATES[recipe.teacher.template], recipe.data.tasks
 
     def __call__(self, row: Row) -> list[Message]:
-        instruction = tasks.get(row["task"]).instruction
+        instruction = tasks.of(row, self.tasks).instruction
         hint = self.template.hint(self.hint, row[self.hint]) if self.hint else None
         if self.plain:
             return prompts.solve(prompts.question_text(row), instruction, hint)
@@ -240,7 +240,8 @@ def _judge_rationales(
 ) -> Row:
     import ray
 
-    runs = ray.get(held_ref) if held_ref is not None and generations and not tasks.get(row["task"]).templated else None
+    compared = held_ref is not None and generations and not tasks.of(row, recipe.data.tasks).templated
+    runs = ray.get(held_ref) if compared else None
     candidates = _of_round(row, k)
     for generation, (diagnosis, rationale, verdict) in zip(generations, judged, strict=True):
         if rationale is None and recipe.lessons.keep_wrong:
@@ -355,18 +356,18 @@ def answer(
     seeds, judge = partial(_seeds, recipe.seed, "attempt", k, range(samples)), partial(_judge_attempt, k=k)
     _resumed(out, student)
     out.progress.total(rows.count())
-    render = partial(_solver, splits)
+    render = partial(_solver, splits, recipe.data.tasks)
     files = out.write(_answered(rows, recipe, "student", student, render, prompts.parse_solve, judge, seeds, out))
     return _counted(files, out, recipe.student.engine, "student", student)
 
 
-def _solver(splits: Collection[str]) -> engines.Render:
-    """Row -> the plain question, for the splits asked."""
+def _solver(splits: Collection[str], named: Collection[str]) -> engines.Render:
+    """Row -> the plain question, for the splits asked. `named`: the recipe's tasks."""
 
     def solve(row: Row) -> list[Message] | None:
         if row["split"] not in splits:
             return None
-        return prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
+        return prompts.solve(prompts.question_text(row), tasks.of(row, named).instruction)
 
     return solve
 
@@ -442,7 +443,7 @@ def _answered(
     cache, trust = _cache(out, recipe, role), spec.trust_remote_code
     work = engines.Work(role, spec.engine, local, spec.sampling, render, GENERATIONS, seeds, _journal(out, model), cache, trust)
     answered = engines.generate(blocks, work, out.ledger.engines)
-    grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, limits=recipe.grading, board=out.progress.board)
+    grade = partial(_judge, parse=parse, judge=judge, column=column, well=well, recipe=recipe, board=out.progress.board)
     return answered.map_batches(grade, batch_format="pyarrow", zero_copy_batch=True)
 
 
@@ -451,8 +452,8 @@ def _seeds(seed: int, draw: str, k: int, samples: Iterable[object], row: Row) ->
     return [row_seed(seed, draw, k, row["id"], sample) for sample in samples]
 
 
-def judged(generations: Sequence[tuple[Row, Row]], parse: Parse, pool: Pool) -> list[Judged]:
-    """What each generation is worth, given as (problem row, generation)."""
+def judged(generations: Sequence[tuple[Row, Row]], parse: Parse, pool: Pool, named: Collection[str]) -> list[Judged]:
+    """What each generation is worth, given as (problem row, generation). `named`: the recipe's tasks."""
     found: list[tuple[str | None, str | None, Verdict | None]] = []
     jobs: list[Job] = []
     for row, generation in generations:
@@ -463,7 +464,7 @@ def judged(generations: Sequence[tuple[Row, Row]], parse: Parse, pool: Pool) -> 
         else:
             diagnosis, text = parse(generation["text"])
             found.append((diagnosis, text, Verdict(False, None, FORMAT) if text is None else None))
-            jobs += [(text, row, tasks.get(row["task"]).kind)] if text is not None else []
+            jobs += [(text, row, tasks.of(row, named).kind)] if text is not None else []
     verdicts = iter(pool.grade(jobs))
     return [(diagnosis, text, asdict(verdict or next(verdicts))) for diagnosis, text, verdict in found]
 
@@ -474,13 +475,14 @@ def _judge(
     judge: Callable[[Row, list[Row], list[Judged]], Row],
     column: str,
     well: str,
-    limits: Grading,
+    recipe: Recipe,
     board: Any,
 ) -> pa.Table:
     """Grade a batch, have each row take its verdicts, and tell the progress board how many came out `well`."""
     asked = [(row, row.pop(GENERATIONS)) for row in table.to_pylist()]
     pairs = [(row, generation) for row, generations in asked for generation in generations]
-    verdicts = iter(judged(pairs, parse, shared(limits.deadline, limits.memory)))
+    pool = shared(recipe.grading.deadline, recipe.grading.memory)
+    verdicts = iter(judged(pairs, parse, pool, recipe.data.tasks))
     rows, seen = [], Counter({well: 0})
     for row, generations in asked:
         rows.append(judge(row, generations, list(islice(verdicts, len(generations)))))
@@ -521,10 +523,10 @@ def _figures(totals: Counter[str], files: list[Place], out: Stage, engine: Engin
     out.note(engine_seconds=round(at_work, 3))
     lost = sum(start["interrupted"] for start in begun)
     out.note(interrupted={**out.figures.get("interrupted", {"driver": 0}), "engines": lost})
+    place = out.quarantine
+    place.remove()  # an earlier start's, too: what failed then may have succeeded now
     if not failures:
         return
-    place = out.quarantine
-    place.remove()
     column = ROLES[role][0]
     copies = dataset(files).map_batches(partial(_failed, column=column), batch_format="pyarrow").materialize()
     copies.write_parquet(place.made().path, filesystem=place.fs)

@@ -15,7 +15,7 @@ from undo_ray import prompts, tasks
 from undo_ray.config import Recipe
 from undo_ray.place import Place, plain_rows
 from undo_ray.store import Stage
-from undo_ray.types import LESSONS, TRAIN, UserError
+from undo_ray.types import LESSONS, TRAIN, UserError, first_line
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -33,7 +33,7 @@ def accept(rows: Dataset, earlier: Dataset | None, recipe: Recipe, out: Stage) -
     if given == "lessons":
         chats = _given_lessons(path)
     else:
-        to_lessons = partial(_to_lessons, k=out.round, mode=recipe.lessons.mode)
+        to_lessons = partial(_to_lessons, k=out.round, recipe=recipe)
         chats = rows.map_batches(to_lessons, batch_format="pyarrow", zero_copy_batch=True)
     if recipe.lessons.mode == "accumulate" and earlier is not None:
         chats = earlier.union(chats)
@@ -68,16 +68,16 @@ def _given_lessons(path: str) -> Dataset:
         return ray.data.from_arrow(pa.Table.from_pylist(rows, schema=LESSONS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"round0 = lessons:{path}: not readable ({str(error).splitlines()[0]}); give JSONL or Parquet with `messages`"
+            f"round0 = lessons:{path}: not readable ({first_line(error)}); give JSONL or Parquet with `messages`"
         ) from None
 
 
-def _to_lessons(table: pa.Table, k: int, mode: str) -> pa.Table:
-    lessons = []
+def _to_lessons(table: pa.Table, k: int, recipe: Recipe) -> pa.Table:
+    mode, named, lessons = recipe.lessons.mode, recipe.data.tasks, []
     for row in table.select(["id", "task", "split", "question", "choices", "lesson"]).to_pylist():
         lesson = row["lesson"]
         if row["split"] == TRAIN and lesson and (mode == "latest" or lesson["round"] == k):
-            asked = prompts.solve(prompts.question_text(row), tasks.get(row["task"]).instruction)
+            asked = prompts.solve(prompts.question_text(row), tasks.of(row, named).instruction)
             answer = {"role": "assistant", "content": lesson["rationale"]}
             marks = {name: lesson[name] for name in ("round", "hint")}
             lessons.append({"id": row["id"], **marks, "messages": [*asked, answer]})

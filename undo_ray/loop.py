@@ -113,6 +113,7 @@ def evaluate(recipe: Recipe, run_dir: str, verbose: bool = False) -> Json:
         with working(recipe, held, placement.asked(recipe, training=False), verbose) as recipe:
             held.once("problems", problems.prepare, recipe)
             found = {"model": recipe.student.model, "tests": measured(recipe, held)[1]}
+        held.lease.check()
         (held.place / "evaluation.json").write_json(found)
         return found
 
@@ -128,12 +129,14 @@ def checked(recipe: Recipe, roles: Sequence[str], known: Mapping[str, Any]) -> d
     for role in roles:
         engines.check(getattr(recipe, role).engine, f"{role}.engine")
     wanted = identity(recipe)
+    trust = {key: getattr(recipe, "teacher" if key == "teacher.model" else "student").trust_remote_code for key in refs}
     refs |= {
-        key: models.located(ref, known.get(f"weights of {key}")) for key, ref in refs.items() if known.get(key) == wanted[key]
+        # Whose code is run, whatever a run directory says: that of the recipe's own revision.
+        key: models.located(ref, known.get(f"weights of {key}"))
+        for key, ref in refs.items()
+        if known.get(key) == wanted[key] and not trust[key]
     }
-    trust = {"teacher.model": recipe.teacher.trust_remote_code}
-    student = recipe.student.trust_remote_code
-    found = {key: models.check(ref, recipe.seed, key, trust.get(key, student)) for key, ref in refs.items()}
+    found = {key: models.check(ref, recipe.seed, key, trust[key]) for key, ref in refs.items()}
     if "teacher" in roles and not known:
         train.check(refs["student.model"], recipe)
     return found
@@ -143,7 +146,7 @@ def checked(recipe: Recipe, roles: Sequence[str], known: Mapping[str, Any]) -> d
 def working(recipe: Recipe, held: Run, asks: Sequence[placement.Ask], verbose: bool) -> Iterator[Recipe]:
     """While the block runs, Ray is up, holds what is asked, and is followed. Yields the recipe as workers find its models."""
     progress = held.progress
-    progress.tracker = Tracker(recipe.track, held.place.uri, identity(recipe))  # a missing package stops here
+    progress.tracker = Tracker(recipe.track, held.place.uri, identity(recipe), progress.say)  # a missing package stops here
     try:
         if not held.begun():
             problems.check(recipe)

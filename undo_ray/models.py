@@ -17,10 +17,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from undo_ray.place import Place, cache
-from undo_ray.types import UserError
+from undo_ray.types import UserError, first_line
 
 _MADE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -82,7 +83,7 @@ def weights(directory: str, trust: bool, **options: Any) -> Any:
 def located(ref: str, fingerprint: str | None) -> str:
     """The reference as workers can use it: a relative directory becomes absolute, since their working directory is another, and
     a hub model's name gets the commit that `check` found, so that a node that comes later has the same."""
-    if fingerprint and _is_hub(ref):
+    if fingerprint and _COMMIT.fullmatch(fingerprint) and _is_hub(ref):
         return f"{ref.partition('@')[0]}@{fingerprint}"
     return os.path.abspath(ref) if os.path.isdir(ref) else ref
 
@@ -149,7 +150,7 @@ def _speaks(ref: str, directory: str, trust: bool) -> None:
                     f"{ref}: has code of its own, which is not run; read it and set trust_remote_code = true beside the model, "
                     "or give another"
                 ) from None
-            raise UserError(f"{ref}: its {what} does not load ({_first_line(error)}); save one beside the weights") from None
+            raise UserError(f"{ref}: its {what} does not load ({first_line(error)}); save one beside the weights") from None
     if not getattr(made, "chat_template", None):
         raise UserError(f"{ref}: its tokenizer has no chat template; use an instruct model, or save one with the tokenizer")
 
@@ -167,7 +168,7 @@ def _hub(ref: str, patterns: tuple[str, ...]) -> str:
         return str(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises a dozen types; all mean that the model is not to be had
         raise UserError(
-            f"model {ref}: no such directory, and the hub did not give it ({_first_line(error)}); check the name"
+            f"model {ref}: no such directory, and the hub did not give it ({first_line(error)}); check the name"
         ) from None
 
 
@@ -207,7 +208,3 @@ def _weights_hash(model: Place, trust: bool) -> str:
                 stream.seek(offset)
                 total.update(stream.read(65536))
     return total.hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from undo_ray.progress import beside_the_driver
-from undo_ray.types import UserError
+from undo_ray.types import UserError, first_line
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -38,28 +40,50 @@ class Curves:
 
 
 class Tracker:
-    """The trackers a recipe names, open from the run's start to its end. With none, nothing happens."""
+    """The trackers a recipe names, open from the run's start to its end. With none, nothing happens.
 
-    def __init__(self, names: tuple[str, ...], run: str, settings: dict[str, Any]):
-        """`run`: URI of the run directory; its last part names the run. Raises UserError when a package is missing."""
+    One that fails later, as a server does that is away for a while, never stops the work: `say` is told, once.
+    """
+
+    def __init__(self, names: tuple[str, ...], run: str, settings: dict[str, Any], say: Callable[[str], None]):
+        """`run`: URI of the run directory; its last part names the run.
+
+        Raises UserError when a package is missing, or a tracker does not open.
+        """
         modules = {name: _imported(name) for name in dict.fromkeys(names)}
         title = run.rstrip("/").rpartition("/")[2]
         # Where a tracker keeps files: beside the run's own when those are on this disk.
         folder = os.path.abspath("track" if "://" in run else os.path.join(run, "track"))
-        self._open = [OPEN[name](module, title, folder, run, settings) for name, module in modules.items()]
+        self._say, self._failed = say, set[str]()
+        self._open: dict[str, tuple[Any, Any]] = {}
+        for name, module in modules.items():
+            try:
+                self._open[name] = OPEN[name](module, title, folder, run, settings)
+            except Exception as error:  # each has a dozen types of its own
+                why = f"cannot be opened ({first_line(error)})"
+                raise UserError(f'track = ["{name}"]: {why}; mend that, or take it out of the recipe\'s `track`') from error
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Add one point to each curve in `figures`, by their names (`round-00/loss`)."""
-        for write, _ in self._open:
-            write(step, figures)
+        for name, (write, _) in self._open.items():
+            self._let(name, write, step, figures)
 
     def record(self, record: dict[str, Any]) -> None:
         """The figures of a finished round, as curves over rounds."""
         self.log(record["round"], {f"rounds/{name}": value for name, value in _flat(record) if name != "round"})
 
     def close(self) -> None:
-        for _, close in self._open:
-            close()
+        for name, (_, close) in self._open.items():
+            self._let(name, close)
+
+    def _let(self, name: str, act: Callable[..., None], *args: Any) -> None:
+        """Have a tracker do something; what it raises must neither end the run nor hide what did."""
+        try:
+            act(*args)
+        except Exception as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                self._say(f"track: {name} failed ({first_line(error)}); the run goes on, with figures missing there")
 
     @contextmanager
     def following(self, prefix: str) -> Iterator[Any]:
@@ -101,14 +125,21 @@ def _imported(name: str) -> Any:
 
 
 def _tensorboard(module: Any, title: str, folder: str, run: str, settings: dict[str, Any]) -> tuple[Any, Any]:
-    writer = module.SummaryWriter(os.path.join(folder, "tensorboard"))
-    writer.add_text("recipe", "".join(f"    {key} = {value}\n" for key, value in settings.items()))
+    # Not its SummaryWriter: that writes in a thread, and waits for ever where the thread has ended, as on a full disk.
+    place = os.path.join(folder, "tensorboard")
+    os.makedirs(place, exist_ok=True)
+    events, event = module.event_file_writer.EventsWriter(os.path.join(place, "events")), module.proto.event_pb2.Event
+
+    def put(summary: Any, step: int) -> None:
+        events.write_event(event(wall_time=time.time(), step=step, summary=summary))
 
     def write(step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
-            writer.add_scalar(name, value, step)
+            put(module.summary.scalar(name, value), step)
+        events.flush()
 
-    return write, writer.close
+    put(module.summary.text("recipe", "".join(f"    {key} = {value}\n" for key, value in settings.items())), 0)
+    return write, events.close
 
 
 def _wandb(module: Any, title: str, folder: str, run: str, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -139,7 +170,8 @@ def _mlflow(module: Any, title: str, folder: str, run: str, settings: dict[str, 
         module.log_params({name: str(value)[:500] for name, value in settings.items()})
 
     def write(step: int, figures: dict[str, float]) -> None:
-        module.log_metrics(figures, step=step)
+        # Of a metric's name MLflow takes no other characters; a subject may be "Counting & Probability".
+        module.log_metrics({re.sub(r"[^/\w.\- ]", "_", name): value for name, value in figures.items()}, step=step)
 
     return write, module.end_run
 

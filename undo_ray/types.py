@@ -146,6 +146,11 @@ def unusable(message: str) -> UserError:
     return UserError(message, exit_code=4)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 

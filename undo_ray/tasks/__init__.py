@@ -13,14 +13,14 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from undo_ray.grading import grade
 from undo_ray.place import plain_rows
-from undo_ray.types import PROBLEM_FIELDS, Row, UserError
+from undo_ray.types import PROBLEM_FIELDS, Row, UserError, first_line, unusable
 
 TASKS: dict[str, str] = {
     "gsm8k": "undo_ray.tasks.gsm8k:GSM8K",
@@ -92,6 +92,16 @@ def get(reference: str) -> Task:
     if not isinstance(task, Task):
         raise UserError(f"task {reference!r} is a {type(task).__name__}, not an undo_ray.tasks.Task; name a Task object")
     return replace(task, reference=reference)
+
+
+def of(row: Mapping[str, Any], named: Collection[str]) -> Task:
+    """The task of a problem row, one of those the recipe names (`config.Data.tasks`).
+
+    Rows are data: they must not choose what is imported. Raises UserError (exit code 4) for a row of another task.
+    """
+    if (reference := row["task"]) not in named:
+        raise unusable(f"a row has the task {reference!r}, the recipe names {', '.join(sorted(named))}: it was changed by hand")
+    return get(reference)
 
 
 def parse_source(text: str, default_split: str) -> tuple[Task, str]:
@@ -285,10 +295,14 @@ def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     try:
                         yield str(number), json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        raise UserError(f"{path}, line {number}: not JSON ({_line(error)}); write one object a line") from error
+                        raise UserError(
+                            f"{path}, line {number}: not JSON ({first_line(error)}); write one object a line"
+                        ) from error
     except (OSError, ValueError) as error:
         kind = "Parquet" if path.suffix == ".parquet" else "UTF-8 text"
-        raise UserError(f"{path}: not readable as {kind} ({_line(error)}); fix, fetch again or name another file") from error
+        raise UserError(
+            f"{path}: not readable as {kind} ({first_line(error)}); fix, fetch again or name another file"
+        ) from error
 
 
 def _hub_rows(task: Task, source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -305,10 +319,6 @@ def _hub_rows(task: Task, source: str, config: str | None, split: str) -> Iterat
                 rows = rows.cast_column(name, datasets.Image(decode=False))
     except Exception as error:  # whatever the network, the cache or the data set's files do wrong
         raise UserError(
-            f"{task.name}: {source} {split} did not load from the hub ({_line(error)}); set data.dir to a folder"
+            f"{task.name}: {source} {split} did not load from the hub ({first_line(error)}); set data.dir to a folder"
         ) from error
     yield from ((str(number), row) for number, row in enumerate(rows, 1))
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from undo_ray import models
 from undo_ray.config import Student
-from undo_ray.types import Row, UserError
+from undo_ray.types import Row, UserError, first_line
 
 ATTENTION = "undo_ray_packed"
 """Name under which transformers finds `packed_attention`."""
@@ -194,7 +194,7 @@ def skeleton(directory: str) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(models.config(directory, trust=False))
     except ValueError as error:
-        raise UserError(f"student.model: no causal language model of transformers ({str(error).splitlines()[0]})") from None
+        raise UserError(f"student.model: no causal language model of transformers ({first_line(error)})") from None
 
 
 def refuse(lm: Any) -> None:
