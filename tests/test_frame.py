@@ -38,6 +38,8 @@ LEAKS = [
     "Based on the feedback, the next step is written out.",
     "The student received a score of 0 on this one.",
     "Score: 0\nThe total is 18.",
+    "**Score:** 1\nThe total is 18.",
+    "Score:0",
     "**Student's answer:** 14",
     "The earlier answer was correct, so we keep its steps.",
     "Let us look at where the student went wrong: the units.",

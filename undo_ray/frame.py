@@ -48,7 +48,7 @@ _FRAME: Final = re.compile(
             r"\bthe\sfeedback\s(?:says|asks|suggests|shows|notes|points)\b|\bin\sthe\s(?:analysis|diagnosis)\b",
             r"^[ \t>#*-]{0,8}(?:iteration[ _][0-9]{1,3}[ _])?(?:student|teacher|tutor|learner)(?:'s)?[ _]"
             r"(?:answer|response|attempt|score)",
-            r"^[ \t>#*-]{0,8}score[ *]{0,3}:?\s?[ *]{0,3}[01][ *]{0,3}$",
+            r"^[ \t>#*-]{0,8}score[ *]{0,3}:?(?:\s)?[ *]{0,3}[01][ *]{0,3}$",
         )
     ).replace(r"\s", r"\s{1,3}"),
     re.IGNORECASE | re.MULTILINE,
