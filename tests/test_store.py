@@ -112,10 +112,11 @@ def local(tmp_path: Path) -> Place:
         ("/runs/a/", "/runs/a/b"),
         ("s3://bucket/a", "s3://bucket/a/b"),
         ("s3://bucket/a?region=x&scheme=http", "s3://bucket/a/b?region=x&scheme=http"),
+        ("/runs/what?", "/runs/what?/b"),
     ],
 )
 def test_a_place_below_a_uri_keeps_its_options(uri: str, below: str) -> None:
-    assert (Place(uri) / "b").uri == below
+    assert (Place(uri) / "b").uri == below == (Place(uri) / "c").beside("b").uri
 
 
 def test_a_uri_that_nothing_can_open_is_refused() -> None:
@@ -376,6 +377,39 @@ def test_what_is_damaged_is_set_aside_and_made_again_and_the_rest_is_kept(place:
     assert sorted(aside.values(), key=len)[-1] in (broken, record) and {broken, record} <= set(aside.values())
 
 
+@pytest.mark.parametrize("moves", range(3))
+def test_what_was_being_set_aside_at_a_kill_is_found_again(local: Place, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    """Report, record and stage go; the kill comes before each of them."""
+
+    def do(run: Run) -> None:
+        run.round(0).once("rationales", numbers, 10)
+        run.round(0).commit(validation={"accuracy": 0.5})
+        (local / "report.json").write_json({"stopped": "rounds"})
+
+    with opened(local) as run:
+        do(run)
+    [cut] = [name for name in names(local) if name.startswith("round-00/rationales/try-")]
+    (local / cut).write_bytes((local / cut).read_bytes()[:-4])
+    plain, left = Place.move, moves
+
+    def move(self: Place, to: Place) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        plain(self, to)
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patched, opened(local) as run:
+        patched.setattr(Place, "move", move)
+        run.mend()
+    with opened(local) as run:
+        run.mend()
+        assert run.records() == [] and not (local / "report.json").exists()
+        do(run)
+        run.mend()
+        assert len(run.records()) == 1 and (local / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-20], lambda data: data.replace(b'"round": 0', b'"round": 1')], ids=["cut", "other round"]
 )
@@ -517,7 +551,7 @@ def test_a_second_driver_is_refused_with_pid_host_and_since_until_the_first_is_d
     message = refused(lambda: enter(place))
     assert re.match(
         rf"{re.escape((place / 'lock.json').uri)}: held by pid {holder.pid} on {re.escape(socket.gethostname())} "
-        r"since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ; wait for it, stop it, or start again 90 s after it died$",
+        r"since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ; wait for it, or stop it and run the same command$",
         message,
     )
     holder.kill()
@@ -537,23 +571,58 @@ def test_a_dead_drivers_directory_is_free_once_it_is_reaped(place: Place, holder
     assert not (place / "lock.json").exists()
 
 
-def lease_of_another(place: Place, age: float) -> None:
-    """Turn the lease into one of another machine, renewed `age` seconds ago."""
-    lease = (place / "lock.json").read_json("")
-    other = {"token": "0" * 32, "host": "elsewhere", "pid": 1, "renewed": time.time() - age}
-    (place / "lock.json").write_json({**lease, **other})
+NOBODY = 2**22 + 1
+"""A process id that Linux gives to no process."""
 
 
-def test_the_lease_of_another_machine_is_respected_until_it_is_not_renewed(place: Place) -> None:
-    with opened(place):
-        content = (place / "lock.json").read_bytes()
-    (place / "lock.json").write_bytes(content)
-    lease_of_another(place, age=lease.LEASE_SECONDS - 10)
-    assert "held by pid 1 on elsewhere since" in refused(lambda: enter(place))
-    assert held_by(place) == (1, "0" * 32)
-    lease_of_another(place, age=lease.LEASE_SECONDS + 1)
-    with opened(place) as run:
-        assert held_by(place) == (os.getpid(), run.lease.token)
+def lease_of_another(place: Place, **known: Any) -> None:
+    """Turn the lease into one of another driver: of this machine, and dead, unless `known` says otherwise."""
+    lock = (place / "lock.json").read_json("")
+    (place / "lock.json").write_json({**lock, "token": "0" * 32, "pid": NOBODY, **known})
+
+
+@pytest.mark.parametrize("ahead", [-1000, 0, 1000])
+def test_the_lease_of_another_machine_is_respected_until_it_is_not_renewed(
+    local: Place, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """Whatever its clock says."""
+    with opened(local):
+        content = (local / "lock.json").read_bytes()
+    (local / "lock.json").write_bytes(content)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 6)
+    stop = threading.Event()
+
+    def renew() -> None:
+        lease_of_another(local, host="elsewhere", machine="another", pid=1, renewed=time.time() + ahead)
+
+    def work() -> None:
+        while not stop.wait(0.1):
+            renew()
+
+    renew()
+    driver = threading.Thread(target=work)
+    driver.start()
+    try:
+        assert "held by pid 1 on elsewhere since" in refused(lambda: enter(local))
+    finally:
+        stop.set()
+        driver.join()
+    assert held_by(local) == (1, "0" * 32)
+    began = time.monotonic()
+    with opened(local) as run:
+        assert held_by(local) == (os.getpid(), run.lease.token)
+    assert time.monotonic() - began >= 2, "as long as a holder may be late with its sign of life"
+
+
+def test_a_host_of_the_same_name_is_not_taken_for_this_machine(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers of a machine may share its name; in each the other's process ids are nobody's."""
+    with opened(local):
+        content = (local / "lock.json").read_bytes()
+    (local / "lock.json").write_bytes(content)
+    lease_of_another(local, machine="another")
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 30)
+    threading.Timer(1, lease_of_another, (local,), {"machine": "another", "renewed": time.time() + 1}).start()
+    assert f"held by pid {NOBODY} on {socket.gethostname()} since" in refused(lambda: enter(local))
 
 
 def test_of_drivers_that_find_a_dead_lease_together_one_takes_the_directory(local: Place) -> None:
@@ -561,13 +630,13 @@ def test_of_drivers_that_find_a_dead_lease_together_one_takes_the_directory(loca
         content = (local / "lock.json").read_bytes()
     for _ in range(100):
         (local / "lock.json").write_bytes(content)
-        lease_of_another(local, age=lease.LEASE_SECONDS + 1)
+        lease_of_another(local)
         together, taken = threading.Barrier(6), list[lease.Lease]()
 
         def take(together: threading.Barrier = together, taken: list[lease.Lease] = taken) -> None:
             together.wait()
             with contextlib.suppress(UserError):
-                taken.append(lease.Lease.take(local))
+                taken.append(lease.Lease.take(local, print))
 
         threads = [threading.Thread(target=take) for _ in range(6)]
         for thread in threads:
@@ -584,7 +653,7 @@ def test_a_driver_that_died_as_it_took_over_holds_nobody_up_for_long(local: Plac
     with opened(local):
         content = (local / "lock.json").read_bytes()
     (local / "lock.json").write_bytes(content)
-    lease_of_another(local, age=lease.LEASE_SECONDS + 1)
+    lease_of_another(local)
     claim = Path(local.path, f"lock.json.{'0' * 32}.dead")
     claim.touch()
     assert "another driver takes this run directory at the same time" in refused(lambda: enter(local))
@@ -605,7 +674,7 @@ def test_a_driver_that_wakes_up_after_another_took_over_cannot_commit(place: Pla
         step = asleep.round(0)
         step.once("rationales", numbers, 3)
         committed = contents(place)
-        lease_of_another(place, age=lease.LEASE_SECONDS + 1)
+        lease_of_another(place)
         with opened(place) as heir:
             message = refused(lambda: step.once("measure", numbers, 4))
             assert message.endswith(

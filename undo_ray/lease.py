@@ -12,19 +12,21 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.fs as pafs
 
 from undo_ray.place import Place
-from undo_ray.types import UserError, now, unusable
+from undo_ray.types import UserError, first_line, now, unusable
 
 LEASE_SECONDS = 90
 """A lease not renewed for this long belongs to a dead driver."""
 
-_KEYS = {"token", "host", "pid", "started", "since", "renewed"}
+_KEYS = {"token", "host", "machine", "pid", "started", "since", "renewed"}
 
 
 class Lease:
@@ -37,8 +39,11 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, daemon=True, name="undo_ray lease")
 
     @classmethod
-    def take(cls, run: Place) -> Lease:
-        """Raises UserError (exit code 4) saying who holds it and since when, or that nothing can be written there."""
+    def take(cls, run: Place, say: Callable[[str], None]) -> Lease:
+        """Raises UserError (exit code 4) saying who holds it and since when, or that nothing can be written there.
+
+        A holder on another machine is watched until it renews or has not for long; `say` is told why that takes its time.
+        """
         lease = cls(run / "lock.json", uuid.uuid4().hex)
         try:
             for _ in range(3):
@@ -46,21 +51,24 @@ class Lease:
                     lease._thread.start()
                     return lease
                 holder = _read(lease.place)
-                if holder and not _dead(holder):
-                    raise unusable(
-                        f"{lease.place.uri}: held by pid {holder['pid']} on {holder['host']} since {holder['since']}; wait for "
-                        f"it, stop it, or start again {LEASE_SECONDS} s after it died"
-                    )
+                if holder and not _here(holder):
+                    holder, before = lease._watched(holder, say), holder
+                    lives = holder != before
+                else:
+                    lives = holder is not None and not _dead(holder)
+                if holder and lives:
+                    who = f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
+                    raise unusable(f"{lease.place.uri}: held by {who}; wait for it, or stop it and run the same command")
                 if holder is not None:
                     lease._clear(holder)
         except OSError as error:
-            what = f"cannot be used as a run directory ({str(error).splitlines()[0]}); give one that can be written"
+            what = f"cannot be used as a run directory ({first_line(error)}); give one that can be written"
             raise unusable(f"{run.uri}: {what}") from None
         raise unusable(f"{lease.place.uri}: another driver takes this run directory at the same time; start one")
 
     def _content(self) -> dict[str, Any]:
-        me = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-        return {**me, "since": self._since, "renewed": time.time()}
+        me = {"token": self.token, "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+        return {**me, "started": psutil.Process().create_time(), "since": self._since, "renewed": time.time()}
 
     def _create(self) -> bool:
         """Write the lock unless there is one. On a local disk by a hard link: atomic, and never seen half written."""
@@ -78,6 +86,22 @@ class Lease:
             return False
         self.place.write_json(self._content())
         return True
+
+    def _watched(self, holder: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+        """What the lock of another machine says once it changes, or what it said when that did not happen for too long.
+
+        Its clock and ours may disagree, so no more than the least wait depends on them.
+        """
+        age = time.time() - holder["renewed"]
+        seconds = min(LEASE_SECONDS, max(LEASE_SECONDS / 3, LEASE_SECONDS - age))
+        who = f"pid {holder['pid']} on {holder['host']}"
+        say(f"{self.place.uri}: {who} gave its last sign of life {age:.0f} s ago; waiting up to {seconds:.0f} s for another")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(LEASE_SECONDS / 90)
+            if (found := _read(self.place)) != holder:
+                return found
+        return holder
 
     def _clear(self, dead: dict[str, Any]) -> None:
         """Take a dead holder's lock away, or one that cannot be read. On a local disk one driver at a time may do so, and looks
@@ -143,14 +167,30 @@ def _read(lock: Place) -> dict[str, Any] | None:
 
 
 def _is_lease(found: dict[str, Any]) -> bool:
-    return found.keys() >= _KEYS and bool(re.fullmatch(r"[0-9a-f]{32}", str(found["token"])))
+    if not found.keys() >= _KEYS or not isinstance(found["renewed"], int | float):
+        return False
+    return bool(re.fullmatch(r"[0-9a-f]{32}", str(found["token"])))
+
+
+def _machine() -> str:
+    """Where a process id of ours is this process: two containers of a host may share its name and not their processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _here(holder: dict[str, Any]) -> bool:
+    """Whether we would see the holder's process."""
+    return bool(holder["machine"] == _machine())
 
 
 def _dead(holder: dict[str, Any]) -> bool:
-    """Whether a lease's holder is gone: not renewed for long, or a process of this host that is no more."""
-    if time.time() - holder["renewed"] > LEASE_SECONDS:
+    """Whether a lease's holder is gone: not renewed for long by our clock, or a process we would see and do not."""
+    if not holder or time.time() - holder["renewed"] > LEASE_SECONDS:
         return True
-    if holder["host"] != socket.gethostname():
+    if not _here(holder):
         return False
     try:
         process = psutil.Process(holder["pid"])

@@ -90,13 +90,19 @@ class Place:
     _above: tuple[Place, str] | None = field(default=None, compare=False, repr=False)
 
     def __truediv__(self, name: str) -> Place:
-        base, query, options = self.uri.partition("?")
-        return Place(f"{base.rstrip('/')}/{name}{query}{options}", (self, name))
+        base, options = self._parted
+        return Place(f"{base.rstrip('/')}/{name}{options}", (self, name))
 
     def beside(self, name: str) -> Place:
         """A file or folder in the folder this one is in."""
-        base, query, options = self.uri.partition("?")
-        return Place(f"{base.rstrip('/').rpartition('/')[0]}/{name}{query}{options}")
+        base, options = self._parted
+        return Place(f"{base.rstrip('/').rpartition('/')[0]}/{name}{options}")
+
+    @property
+    def _parted(self) -> tuple[str, str]:
+        """The URI without its options, and these with their `?`; a local path may have one in a name."""
+        base, query, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return base, query + options
 
     def __reduce__(self) -> tuple[type[Place], tuple[str]]:
         return Place, (self.uri,)
@@ -173,10 +179,13 @@ class Place:
             self.fs.delete_file(self.path)
 
     def move(self, to: Place) -> None:
-        """Move the file or folder to another place on its file system, which must be free."""
+        """Move the file or folder to another place on its file system, which must be free.
+
+        File by file, the last name first: `manifest.json` is gone only when the tries below `try-…` are.
+        """
         info = self.fs.get_file_info(self.path)
         files = self.files() if info.type == pafs.FileType.Directory else {"": info}
-        for name, info in files.items():
+        for name, info in reversed(files.items()):
             there = f"{to.path}/{name}".rstrip("/")
             self.fs.create_dir(os.path.dirname(there), recursive=True)
             if not isinstance(self.fs, pafs.LocalFileSystem) and info.size > LARGEST_COPY:

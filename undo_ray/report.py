@@ -120,6 +120,7 @@ def write(run: Run, records: list[Json], stopped: str) -> Json:
         held = sum(manifest["seconds"] * manifest["figures"].get("gpus", 0) for manifest in tests.manifests.values())
         spent.append({"tokens": None, "gpus": money(recipe.prices, {}, held)["gpus"]})
     report["money"] = {kind: _sum(part[kind] for part in spent) for kind in ("tokens", "gpus")}
+    run.lease.check()
     (run.place / "report.json").write_json(report)
     return report
 

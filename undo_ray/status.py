@@ -108,7 +108,7 @@ def text(found: Json) -> str:
     said = {
         "finished": ends.get(found["ended"], "finished; `undo-ray show` prints its table"),
         "running": f"running: {who}, last heard of {driver['seconds_ago']:.0f} s ago" if driver else "",
-        "killed": f"killed: {who} is gone; the same command goes on (from another machine {LEASE_SECONDS} s after it died)",
+        "killed": f"killed: {who} is gone; the same command goes on (on another machine within {LEASE_SECONDS} s)",
         "stopped": "stopped; the same command goes on",
     }[found["state"]]
     lines = [f"{found['run']}: {said}"]

@@ -177,24 +177,25 @@ class Run:
         """Set aside what is damaged, so that it is computed again. Nothing is deleted or overwritten.
 
         With a stage go its round's record and the report; the other stages stay. A stage that is not there at all was taken
-        away on purpose, to save its disk perhaps: that is no damage.
+        away on purpose, to save its disk perhaps: that is no damage. So it goes last: what a kill in between leaves is found.
         """
-        there, aside = {name: info.size for name, info in self.place.files().items()}, set[str]()
+        there, stages = {name: info.size for name, info in self.place.files().items()}, dict[str, str]()
         for name in sorted(name for name in there if _STAGE.fullmatch(name)):
             stage = os.path.dirname(name)
             own = {name.removeprefix(f"{stage}/"): size for name, size in there.items() if name.startswith(f"{stage}/")}
             if why := _wrong(partial(_verified, self.place / stage, own)):
-                self.set_aside(self.place / stage, why)
-                aside.add(os.path.dirname(stage))
+                stages[stage] = why
+        rounds, records = {os.path.dirname(stage) for stage in stages}, dict[str, str]()
         for name in sorted(name for name in there if _RECORD.fullmatch(name)):
-            why = f"{(self.place / name).uri}: its stage was damaged" if os.path.dirname(name) in aside else None
+            why = f"{(self.place / name).uri}: its stage was damaged" if os.path.dirname(name) in rounds else None
             if why := why or _wrong(partial(_record, self.place, int(name[6:].partition("/")[0]))):
-                self.set_aside(self.place / name, why)
-                aside.add(name)
+                records[name] = why
         report = self.place / "report.json"
-        why = f"{report.uri}: it reports what was damaged" if aside else None
+        why = f"{report.uri}: it reports what was damaged" if stages or records else None
         if "report.json" in there and (why := why or _wrong(partial(report.read_json, ""))):
             self.set_aside(report, why)
+        for name, why in {**records, **stages}.items():
+            self.set_aside(self.place / name, why)
 
     def set_aside(self, place: Place, why: str) -> None:
         """Move a file or folder of the run to its folder `damaged`, and say so."""
@@ -399,7 +400,7 @@ def open_run(uri: str, recipe: Recipe, models: dict[str, str], progress: Progres
     wanted = {**identity(recipe), **{f"weights of {name}": value for name, value in models.items()}}
     start = {"at": now(), "host": socket.gethostname(), "pid": os.getpid()}
     known: Json = {"identity": wanted, "starts": []}
-    lease = Lease.take(place)
+    lease = Lease.take(place, progress.say)
     try:
         if path.exists():
             known = _began(path)
