@@ -77,6 +77,29 @@ def test_batched_transformers_writes_what_plain_generate_writes(llama: str, shar
     assert {completion.cached_tokens for completion in completions} == ({common} if shared else {0})
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "lfm2"])
+def test_a_model_that_does_not_attend_to_all_shares_nothing_and_writes_what_plain_generate_writes(
+    architecture: str, tmp_path: Path
+) -> None:
+    from undo_ray.engines.hf import Transformers
+
+    directory = tiny.make(tmp_path, architecture, [SHARED, *QUESTIONS], seed=3)
+    prompts = chats(directory, [SHARED + question for question in QUESTIONS])
+    backend = Transformers(directory, Engine(), Sampling(max_tokens=24))
+    for _ in range(2):
+        completions = answers(backend, prompts, [0] * len(prompts))
+        assert [completion.token_ids for completion in completions] == reference(directory, prompts, 24)
+    assert {completion.cached_tokens for completion in completions} == {0}
+
+
+def test_one_prompt_shares_nothing(llama: str) -> None:
+    from undo_ray.engines.hf import Transformers
+
+    [prompt] = chats(llama, [SHARED])
+    [completion] = answers(Transformers(llama, Engine(), Sampling(max_tokens=24)), [prompt], [0])
+    assert completion.cached_tokens == 0 and completion.token_ids == reference(llama, [prompt], 24)[0]
+
+
 def test_a_shared_part_whose_pass_failed_is_computed_anew(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the memory was short for it; what an earlier batch shared must not stand in for it."""
     import torch

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import runs
 import tiny
@@ -84,6 +85,18 @@ def test_what_a_stage_shared_another_takes_and_does_not_share_again(where: str, 
     assert [again.take(keys[n])["text"] for n in range(3)] == [f"{places[n // 2].uri} {n}" for n in range(3)]  # type: ignore[index]
 
 
+def test_a_cache_is_in_files_that_arrow_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SHARED", 4)
+    place, cache = Place(str(tmp_path / "one")), Place(str(tmp_path / "cache"))
+    life = Journal(place, "a")
+    for n in range(10):
+        life.add(key(chat(n), 0), generation(str(n)))
+    life.flush()
+    journal.share(place, cache)
+    assert sorted(len(pq.read_table(tmp_path / "cache" / name)) for name in cache.names()) == [2, 4, 4]
+    assert {line["generation"]["text"] for line in journal.shared(cache)} == {str(n) for n in range(10)}
+
+
 def test_another_seed_or_prompt_is_another_generation() -> None:
     longer = [*chat(1), {"role": "assistant", "content": "1"}]
     assert len({key(chat(1), 0), key(chat(1), 1), key(chat(12), 0), key(longer, 0)}) == 4
@@ -152,6 +165,54 @@ def test_a_row_that_was_alone_in_an_engine_killed_once_is_asked_again(tmp_path: 
         with pytest.raises(RuntimeError), Journal(place, "a").flight([one]):
             raise RuntimeError("the node went away")
         assert Journal(place, "a").killed(one) == (deaths == 2)
+
+
+def test_a_node_that_goes_is_held_against_no_row(tmp_path: Path) -> None:
+    """Of an engine on two nodes, besides its replica's."""
+    place, one, gone = Place(str(tmp_path)), key(chat(1), 0), list[str]()
+    for spot in ("spot-a", "spot-b", "spot-c"):
+        life = Journal(place, "a", node="here", alive={"here", "there", spot})
+        assert not life.killed(one) and isinstance(life.turn, nullcontext)
+        life.started(1.0, "pool", ["there", spot])
+        with pytest.raises(RuntimeError), life.flight([one]):
+            raise RuntimeError("the node went away")
+        gone.append(spot)
+    [*_, last] = sorted(journal.starts(place), key=lambda start: float(start["ready"]))
+    assert last["interrupted"] == 1, "it counts as what a kill costs"
+    for deaths in (1, 2):
+        life = Journal(place, "a", node="here", alive={"here", "there"})
+        life.started(1.0, "pool", ["there"])
+        with pytest.raises(RuntimeError), life.flight([one]):
+            raise RuntimeError("killed by the row")
+        assert Journal(place, "a", node="here", alive={"here", "there"}).killed(one) == (deaths == 2)
+
+
+def test_deaths_after_which_all_was_answered_end_no_stage(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    for life in range(journal.DEATHS + 1):
+        here = Journal(place, "a")
+        with pytest.raises(OSError), here.flight([key(chat(life), 0)]):
+            raise OSError("the memory was short")
+        here.add(key(chat(life), 0), generation("answered by the next"))
+        here.flush()
+    Journal(place, "a")
+
+
+def test_a_process_that_is_killed_as_its_engine_starts_is_a_try_that_failed(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    Journal(place, "a", node="n1").starting("teacher")
+    Journal(place, "a", node="n2").starting("teacher")  # the first node went: that is no failure
+    Journal(place, "a", node="n2").starting("teacher")
+    Journal(place, "b", node="n2").starting("teacher")
+    with pytest.raises(
+        UserError, match=r"the teacher's engine did not start, 2 times: its process was killed while it started"
+    ):
+        Journal(place, "a", node="n2").starting("teacher")
+    up = Journal(place, "b", node="n2")
+    up.starting("teacher")
+    up.started(1.0, "pool")
+    for _ in range(2):  # tries in a row
+        Journal(place, "b", node="n2").starting("teacher")
 
 
 def test_an_engine_that_dies_whatever_it_is_given_ends_the_stage(tmp_path: Path) -> None:

@@ -225,7 +225,12 @@ def test_an_engine_over_two_nodes_answers_as_one_does(models: list[str], tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("lifetime", "says"), [("stage", "out of memory"), ("run", r"not up after 1 s \(engine.start_seconds\)")]
+    ("lifetime", "says"),
+    [
+        ("stage", "out of memory"),
+        ("stage", "its process was killed while it started"),
+        ("run", r"not up after 1 s \(engine.start_seconds\)"),
+    ],
 )
 def test_an_engine_that_does_not_come_up_is_tried_twice_and_the_stage_ends_with_what_to_change(
     cluster: None, models: list[str], tmp_path: Path, lifetime: str, says: str
@@ -239,6 +244,11 @@ def test_an_engine_that_does_not_come_up_is_tried_twice_and_the_stage_ends_with_
         """No model at all."""
         raise RuntimeError("CUDA out of memory, said the device")
 
+    def killed() -> str:
+        """As the system does where the memory is short."""
+        os.kill(os.getpid(), signal.SIGKILL)
+        return directory
+
     def slow() -> str:
         """The model's directory; from here on it takes a minute to load in this process."""
         import transformers
@@ -247,7 +257,7 @@ def test_an_engine_that_does_not_come_up_is_tried_twice_and_the_stage_ends_with_
         return directory
 
     job = work(directory, tmp_path, lifetime=lifetime, start_seconds=1.0)
-    job = dataclasses.replace(job, model=broken if lifetime == "stage" else slow)
+    job = dataclasses.replace(job, model=slow if lifetime == "run" else killed if "killed" in says else broken)
     held = kept.Held()
     try:
         with pytest.raises(RayError) as error:
@@ -257,6 +267,24 @@ def test_an_engine_that_does_not_come_up_is_tried_twice_and_the_stage_ends_with_
     told = said(str(error.value))
     assert told and told.exit_code == 5 and "engine.kwargs.gpu_memory_utilization" in str(told)
     assert re.match(rf"the student's engine did not start, 2 times: .*{says}", str(told))
+
+
+def test_a_stage_does_not_wait_for_an_engine_whose_node_is_not_there(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(kept, "CLAIM_SECONDS", 2.0)
+    host, engine = ray.remote(kept.Host), (Engine(), Sampling(), False)
+    away = host.options(num_cpus=0, resources={"a node that is away": 1}).remote(*engine)
+    up = [host.options(num_cpus=0, max_restarts=-1).remote(*engine) for _ in range(2)]
+    ray.get([one.life.remote() for one in up])
+    taken = [kept._claimed([away, *up], "pool", replica) for replica in ("r1", "r2")]
+    assert {one._actor_id for one in taken} == {one._actor_id for one in up}
+    again = kept._claimed([up[0], up[1], away], "pool", "r2")
+    assert again._actor_id == taken[1]._actor_id, "a replica that is started again has its own engine"
+    ray.kill(up[0], no_restart=False)
+    assert kept._claimed([up[0]], "another pool", "r3")._actor_id == up[0]._actor_id, "one that is started again is waited for"
+    for one in (away, *up):
+        ray.kill(one)
 
 
 def test_one_engine_serves_all_rounds_and_a_killed_driver_leaves_none_behind(joined: None, tmp_path: Path) -> None:

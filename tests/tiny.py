@@ -12,10 +12,11 @@ CHATML = (
 
 
 def make(directory: Path, architecture: str, texts: Iterable[str], seed: int = 0, vocabulary: int = 400) -> str:
-    """Write a randomly initialised `qwen2` or `llama` with its tokenizer; returns the directory."""
+    """Write a randomly initialised `qwen2`, `llama`, `mistral` (which looks 16 tokens back) or `lfm2` (a convolution and an
+    attention) with its tokenizer; returns the directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +44,8 @@ def make(directory: Path, architecture: str, texts: Iterable[str], seed: int = 0
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": architecture == "qwen2",
     }
-    config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[architecture](**shape)
+    own = {"mistral": {"sliding_window": 16}, "lfm2": {"layer_types": ["conv", "full_attention"]}}
+    config = AutoConfig.for_model(architecture, **shape, **own.get(architecture, {}))
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)

@@ -45,6 +45,9 @@ Render = Callable[[Row], "list[Message] | None"]
 class Speaker(Protocol):
     """What a replica asks."""
 
+    nodes: Sequence[str]
+    """Nodes it works on besides the replica's own: with one that goes, it goes."""
+
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
         """One `types.GENERATION` per chat and seed with its index, as they finish.
 
@@ -156,9 +159,11 @@ class Replica:
     def __init__(self, work: Work, hosts: Sequence[Any], pool: str, secret: SecretStr | None):
         import ray
 
-        begun, name = time.monotonic(), ray.get_runtime_context().get_actor_id() or "driver"
-        self.journal = Journal(work.journal, name, work.cache)
+        begun, context = time.monotonic(), ray.get_runtime_context()
+        name, alive = context.get_actor_id() or "driver", {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self.journal = Journal(work.journal, name, work.cache, context.get_node_id(), alive)
         self.work, self.render = work, work.render()
+        self.journal.starting(work.name)
         self.speaker: Speaker
         try:
             if isinstance(work.engine, TeacherEngine) and work.engine.remote:
@@ -175,7 +180,7 @@ class Replica:
             self.journal.failed(error, work.name)
             logging.getLogger(__name__).exception("the engine did not start")
             os._exit(1)
-        self.journal.started(time.monotonic() - begun, pool)
+        self.journal.started(time.monotonic() - begun, pool, self.speaker.nodes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         jobs: list[Job] = []
@@ -253,6 +258,8 @@ def local(model: Callable[[], str], engine: Engine, sampling: Sampling, trust: b
 
 class Local:
     """A model in this process: chats to token ids, all that fit through the backend at once, token ids to text."""
+
+    nodes: Sequence[str] = ()
 
     def __init__(self, backend: Backend, sampling: Sampling, template: Mapping[str, Any]):
         """`template`: variables of the chat template."""

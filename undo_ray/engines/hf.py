@@ -1,4 +1,8 @@
-"""The embedded engine: batched `transformers` generation with the keys and values of a shared prompt prefix computed once."""
+"""The embedded engine: batched `transformers` generation with the keys and values of a shared prompt prefix computed once.
+
+Where all layers attend to all tokens. A sliding window counts padding as tokens, and a linear layer's state is no keys and
+values: with one of these every prompt is computed whole.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from undo_ray import models
 from undo_ray.config import Engine, Sampling
@@ -53,7 +58,7 @@ class Transformers:
             pad_token_id=self.pad,
         )
         self.model.generation_config = self.config  # else what its directory says fills in what is not set here
-        self.directory = directory
+        self.shares, self.directory = True, directory
         return True
 
     def complete(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Completion | str]]:
@@ -76,7 +81,7 @@ class Transformers:
         torch.manual_seed(hash(tuple(seeds)))
         shared = self._shared(prompts)
         # Layout: shared prefix, then padding, then each prompt's rest. Positions come from the attention mask, so the padding
-        # in the middle changes nothing.
+        # in the middle changes nothing (where nothing is shared, it stands in front).
         width = max(len(prompt) for prompt in prompts)
         padding = [width - len(prompt) for prompt in prompts]
         ids = [p[:shared] + [self.pad] * gap + p[shared:] for p, gap in zip(prompts, padding, strict=True)]
@@ -114,6 +119,8 @@ class Transformers:
 
     def _shared(self, prompts: Sequence[list[int]]) -> int:
         """Length of the prefix all prompts share (0 when too short to pay), its keys and values ready in `prefix_cache`."""
+        if not self.shares or len(prompts) == 1:
+            return 0
         first, last = min(prompts), max(prompts)  # in sorted order: what these two share, all share
         length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
         # The last token of each prompt must go through the model for its logits.
@@ -125,6 +132,10 @@ class Transformers:
         # Before there is a second one, and lest a pass that fails leave the wrong one.
         self.prefix, self.prefix_cache = [], None
         ids = torch.tensor([prompts[0][:length]], device=self.device)
-        self.prefix_cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.shares = all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", (None,)))
+        if not self.shares:
+            return 0
+        self.prefix_cache = cache
         self.prefix = prompts[0][:length]
         return length

@@ -5,7 +5,8 @@ the chat and the seed. Model and sampling are those of the stage, whose folder t
 starts: after the driver was killed, and after it was killed itself and Ray started it again.
 
 Beside them lies what each replica has in flight. What lies there when it starts may have killed it: those rows go apart from
-the others, in ever smaller groups, until one that kills its engine is alone with it, and is given up.
+the others, in ever smaller groups, until one that kills its engine is alone with it, and is given up. A node that went killed
+it then, and no row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -43,6 +44,9 @@ DEATHS = 24
 
 STARTS = 2
 """Times in a row that a replica tries to start its engine."""
+
+SHARED = 5_000
+"""Generations in a file of the cache. Arrow cannot read 2 GiB of text at once out of such a column."""
 
 LINES = pa.schema([("key", pa.binary(16)), ("generation", GENERATION), ("reused", pa.bool_())])
 """`reused`: found in the cache, not made by this stage."""
@@ -98,11 +102,19 @@ def shared(cache: Place) -> Iterator[Row]:
 
 
 def share(place: Place, cache: Place) -> list[Row]:
-    """Put what a stage made into a cache, a folder of one Parquet file per stage; returns what it had from there."""
-    known = list(lines(place))
-    if made := [line for line in known if not line["reused"]]:
+    """Put what a stage made into a cache, a folder of Parquet files; returns what it had from there."""
+    made, reused = list[Row](), list[Row]()
+    for line in lines(place):
+        if line["reused"]:
+            reused.append(line["generation"])
+            continue
+        made.append(line)
+        if len(made) == SHARED:
+            _write(cache / f"{uuid.uuid4().hex}.parquet", made)
+            made = []
+    if made:
         _write(cache / f"{uuid.uuid4().hex}.parquet", made)
-    return [line["generation"] for line in known if line["reused"]]
+    return reused
 
 
 def starts(place: Place) -> list[Row]:
@@ -137,21 +149,27 @@ class Journal:
     """One replica's view of a stage's journal; safe to use from several threads.
 
     `replica`: a name that stays the same when Ray starts the replica again. `cache`: what other stages shared, all of it read
-    into this process. Raises UserError when its engine died too often.
+    into this process. `node`: where the replica is, `alive`: the nodes there are; None where no node goes. Raises UserError
+    when its engine died too often.
     """
 
-    def __init__(self, place: Place, replica: str, cache: Place | None = None):
+    def __init__(
+        self, place: Place, replica: str, cache: Place | None = None, node: str = "", alive: Collection[str] | None = None
+    ):
         self._place, self._done, self._flight = place, (place / "done").made(), (place / "flight" / replica).made()
         self._lock, self._new, self._flushed = threading.Lock(), list[Row](), time.monotonic()
         self._known = {line["key"]: line["generation"] for line in lines(place)}
         self._cached = {line["key"]: line["generation"] for line in (shared(cache) if cache else ())}
         deaths = [json.loads(file.read_bytes()) for file in _files(place / f"flight/{replica}", ".json")]
-        lives = len({death["life"] for death in deaths})  # each left as many files as it had batches in flight
         newest = [death["keys"] for death in deaths if death["life"] == deaths[-1]["life"]]
         self._interrupted = len({bytes.fromhex(key) for keys in newest for key in keys} - self._known.keys())
+        deaths = [death for death in deaths if alive is None or set(death["nodes"]) <= set(alive)]
+        # Each left as many files as it had batches in flight; what is answered since was not to blame.
+        lives = len({death["life"] for death in deaths if any(bytes.fromhex(key) not in self._known for key in death["keys"])})
         self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
-        self._replica, self._tried = replica, place / "failed" / f"{replica}.json"
+        self._replica, self._node, self._nodes = replica, node, [node]
+        self._starting, self._tried = place / "starting" / f"{replica}.json", place / "failed" / f"{replica}.json"
         self._begun: list[str] = json.loads(self._tried.read_bytes())["errors"] if self._tried.exists() else []
         self._busy_file, self._at_work, self._busy, self._since = place / "busy" / f"{uuid.uuid4().hex}.json", 0, 0.0, 0.0
         self._life = uuid.uuid4().hex[:8]
@@ -164,11 +182,19 @@ class Journal:
                 exit_code=5,
             )
 
+    def starting(self, name: str) -> None:
+        """Note that the engine is being started. Its process may have been killed at that before, on a node that is still
+        there: that is a try that failed, see `failed`."""
+        if self._starting.exists() and json.loads(self._starting.read_bytes())["node"] == self._node:
+            self.failed(RuntimeError("its process was killed while it started, as systems do where memory is short"), name)
+        self._starting.write_json({"node": self._node})
+
     def failed(self, error: Exception, name: str) -> None:
         """Note that the engine did not start. Raises UserError when that was its last try in a row."""
         named = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
         self._begun.append(" ".join(named.split())[:500])
         self._tried.write_json({"errors": self._begun})
+        self._starting.remove()
         if len(self._begun) >= STARTS:
             raise UserError(
                 f"the {name}'s engine did not start, {STARTS} times: {self._begun[-1]}; where memory is short, lower "
@@ -177,9 +203,12 @@ class Journal:
                 exit_code=5,
             ) from error
 
-    def started(self, seconds: float, pool: str) -> None:
-        """Note that the replica is up. `pool`: a name that no other pool has."""
+    def started(self, seconds: float, pool: str, elsewhere: Collection[str] = ()) -> None:
+        """Note that the replica is up. `pool`: a name that no other pool has, `elsewhere`: nodes of its engine that are not
+        its own."""
         self._tried.remove()
+        self._starting.remove()
+        self._nodes = [self._node, *elsewhere]
         who = {"pool": pool, "replica": self._replica}
         known = {**who, "seconds": seconds, "ready": time.time(), "interrupted": self._interrupted}
         (self._place / "starts" / f"{uuid.uuid4().hex}.json").write_json(known)
@@ -222,7 +251,7 @@ class Journal:
     def flight(self, keys: Sequence[bytes]) -> Iterator[None]:
         """While the block runs, these rows are what the engine works on. An error in it is a death, and is noted as one."""
         file = self._flight / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
-        known = {"keys": [key.hex() for key in keys], "life": self._life}
+        known = {"keys": [key.hex() for key in keys], "life": self._life, "nodes": self._nodes}
         file.write_json(known)
         with self._lock:
             self._since = self._since if self._at_work else time.monotonic()

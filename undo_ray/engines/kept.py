@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 RELAY_CPUS = 0.1
 """Logical CPUs of a replica that only passes rows on to a kept engine."""
 
+CLAIM_SECONDS = 5.0
+"""How long a replica waits for all engines to say whose they are, before it takes one of those that did."""
+
 Held = dict[str, "list[tuple[Any, Any]]"]
 """What a driver keeps, by what it is kept for: each engine's handle, and its placement group where it has one."""
 
@@ -101,6 +104,19 @@ class Host:
         """Another one in every process that Ray starts for this engine."""
         return self._life
 
+    def nodes(self) -> list[str]:
+        """The nodes it is on."""
+        import ray
+
+        group = ray.util.get_current_placement_group()
+        here = ray.get_runtime_context().get_node_id()
+        return [here] if group is None else sorted(set(ray.util.placement_group_table(group)["bundles_to_node_id"].values()))
+
+    def claimed(self, pool: str) -> str | None:
+        """The replica of this pool whose engine it is."""
+        with self._claims:
+            return self._claimed[1] if self._claimed[0] == pool else None
+
     def claim(self, pool: str, replica: str) -> bool:
         """Whether this engine is the replica's as long as there is its pool: that of the first who asks."""
         with self._claims:
@@ -150,14 +166,47 @@ class Host:
                 return
 
 
+def _claimed(hosts: Sequence[Any], pool: str, replica: str) -> Any:
+    """The engine that is this replica's, which may have been started again; else the first that is free of those that are up,
+    or comes up: a node may be hours away, and the others must not wait for it."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    asked = {host.claimed.remote(pool): host for host in hosts}
+    ray.wait(list(asked), num_returns=len(asked), timeout=CLAIM_SECONDS)
+    while asked:
+        ray.wait(list(asked))
+        up, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+        late, free = list[Any](), list[Any]()
+        for ref in up:
+            host = asked.pop(ref)
+            try:
+                if (whose := got(ref)) == replica:
+                    return host
+                free += [host] if whose is None else []
+            except RayActorError:  # its node went, which Ray may not know yet, or its process is being started again
+                late.append(host)
+        for host in free:
+            try:
+                if got(host.claim.remote(pool, replica)):
+                    return host
+            except RayActorError:
+                late.append(host)
+        if late:
+            time.sleep(1)
+            asked |= {host.claimed.remote(pool): host for host in late}
+    return hosts[0]
+
+
 class Kept:
     """See `engines.Speaker`: the engine that is kept for this replica. `pool`: a name that no other pool has."""
 
     def __init__(self, hosts: Sequence[Any], pool: str, replica: str, model: Callable[[], str]):
-        self._host = next((host for host in hosts if got(host.claim.remote(pool, replica))), hosts[0])
+        self._host = _claimed(hosts, pool, replica)
         try:
             if not got(self._host.load.remote(model)):
                 self._again(pool, replica, model)
+            self.nodes: Sequence[str] = got(self._host.nodes.remote())
         except Exception:
             self.end()
             raise

@@ -49,6 +49,8 @@ UNUSABLE = (APIError, TimeoutError, ValueError, TypeError, AttributeError, Looku
 class OpenAI:
     """One client; `answer` may be called from several threads, whose requests share the limits."""
 
+    nodes: Sequence[str] = ()
+
     def __init__(self, model: str, engine: TeacherEngine, sampling: Sampling, key: SecretStr | None):
         """`model`: the endpoint's name for it."""
         spec = self.spec = engine.endpoint
