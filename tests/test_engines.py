@@ -77,7 +77,7 @@ def test_batched_transformers_writes_what_plain_generate_writes(llama: str, shar
     assert {completion.cached_tokens for completion in completions} == ({common} if shared else {0})
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "lfm2"])
+@pytest.mark.parametrize("architecture", ["mistral", "lfm2", "mamba"])
 def test_a_model_that_does_not_attend_to_all_shares_nothing_and_writes_what_plain_generate_writes(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -224,7 +224,7 @@ def test_vllm_writes_what_transformers_writes_and_does_so_with_other_weights(tie
     prompts = chats(directory, MINI_TEXTS)
     # In a process of its own, as in a run: the engine takes over threads and environment of the process it lives in.
     script = (
-        "import json, sys\n"
+        "import json, sys, time\n"
         "from undo_ray.config import Engine, Sampling\n"
         "from undo_ray.engines.vllm import VLLM\n"
         "backend = VLLM(sys.argv[1], Engine(kind='vllm'), Sampling(max_tokens=40, stop=('</think>',)))\n"
@@ -233,12 +233,21 @@ def test_vllm_writes_what_transformers_writes_and_does_so_with_other_weights(tie
         "loaded = backend.load(sys.argv[3])\n"
         "done = dict(backend.complete(json.loads(sys.argv[2]), [0] * 3))\n"
         "print('RELOADED', json.dumps([loaded, [done[index].token_ids for index in range(3)]]))\n"
+        "def broken(*_):\n"
+        "    raise OSError('the engine is gone')\n"
+        "backend.engine.add_request, begun = broken, time.monotonic()\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        list(backend.complete(json.loads(sys.argv[2]), [0] * 3))\n"
+        "    except OSError as error:\n"
+        "        print('BROKEN', error, time.monotonic() - begun < 60)\n"
     )
     other = _with_other_weights(directory, tmp_path / "other")
     command = [sys.executable, "-c", script, directory, json.dumps(prompts), other]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
     found = dict(line.split(" ", 1) for line in run.stdout.splitlines() if line.startswith(("TOKENS", "RELOADED")))
     assert set(found) == {"TOKENS", "RELOADED"}, run.stderr[-3000:]
+    assert run.stdout.count("BROKEN the engine is gone True") == 2, "callers are told at once"
     assert json.loads(found["TOKENS"]) == up_to(directory, "</think>", reference(directory, prompts, 40))
     loaded, tokens = json.loads(found["RELOADED"])
     assert loaded is not tied

@@ -198,6 +198,15 @@ def test_deaths_after_which_all_was_answered_end_no_stage(tmp_path: Path) -> Non
     Journal(place, "a")
 
 
+def test_rows_that_were_found_to_kill_their_engine_end_no_stage(tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    for row in range(journal.DEATHS):
+        for _ in range(2):
+            with pytest.raises(OSError), Journal(place, "a").flight([key(chat(row), 0)]):
+                raise OSError("killed by the row")
+    assert all(Journal(place, "a").killed(key(chat(row), 0)) for row in range(journal.DEATHS))
+
+
 def test_a_process_that_is_killed_as_its_engine_starts_is_a_try_that_failed(tmp_path: Path) -> None:
     place = Place(str(tmp_path))
     Journal(place, "a", node="n1").starting("teacher")

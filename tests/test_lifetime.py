@@ -90,9 +90,21 @@ def resources() -> dict[str, float]:
     return {kind: amount for kind, amount in ray.available_resources().items() if kind in ("CPU", "GPU")}
 
 
+def idle() -> dict[str, float]:
+    """All there is, once the tests before have given theirs back."""
+    import ray
+
+    there = {kind: amount for kind, amount in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
+    deadline = time.monotonic() + 30
+    while resources() != there:
+        assert time.monotonic() < deadline, f"{resources()} of {there}"
+        time.sleep(0.1)
+    return there
+
+
 def test_three_stages_take_turns_on_one_slot_and_each_gives_it_back(cluster: None, models: list[str], tmp_path: Path) -> None:
     """An engine takes three of the four CPUs: the next stage's cannot start before it is gone (ray#64035, #53124, #54361)."""
-    before = resources()
+    before = idle()
     for stage, model in enumerate([models[0], models[1], models[0]]):
         texts(work(model, tmp_path / str(stage), resources=Placement(cpus=3)), {})
         deadline = time.monotonic() + 30
@@ -104,7 +116,7 @@ def test_three_stages_take_turns_on_one_slot_and_each_gives_it_back(cluster: Non
 def test_kept_engines_serve_stage_after_stage_with_the_weights_of_each(
     cluster: None, models: list[str], tmp_path: Path
 ) -> None:
-    before, held = resources(), kept.Held()
+    before, held = idle(), kept.Held()
     wanted, processes = {model: reference(model) for model in models}, []
     for stage, model in enumerate([models[0], models[1], models[1], models[0]]):
         job = work(model, tmp_path / str(stage), replicas=2, lifetime="run", resources=Placement(cpus=0.5))

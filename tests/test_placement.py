@@ -48,6 +48,12 @@ def test_what_a_cluster_cannot_hold_at_a_time(types: list[Kind], limit: int, wan
     assert [ask.key for ask in placement.asked(EIGHT) if not holds(ask, there)] == wanting, "the same when they are there"
 
 
+def test_a_type_without_a_limit_takes_no_longer() -> None:
+    """KubeRay's default of `maxReplicas`."""
+    endless = 2**31 - 1
+    assert all(holds(ask, [HEAD], [Kind("gpu", (8.0, 96.0), endless)], endless) for ask in placement.asked(EIGHT))
+
+
 def test_kept_engines_lie_beside_every_stage() -> None:
     kept = recipe(
         {"lifetime": "run", "tensor_parallel": 4, "resources": {"cpus": 2, "gpus": 4}},

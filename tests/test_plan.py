@@ -353,10 +353,19 @@ def test_a_pilot_measures_what_a_run_would_do(tmp_path: Path) -> None:
     from undo_ray import problems
     from undo_ray.mini import models
 
-    command = [sys.executable, "-m", "undo_ray", "plan", MINI, "--pilot", "16", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "undo_ray", "plan", MINI, "--pilot", "16", "--json", "--set", "teacher.cache=true"]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(temporary),
+        "RAY_TMPDIR": "/tmp",
+    }  # sockets want short paths
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [temporary]
+    assert not (temporary / ".generations").exists(), "what is measured comes from no cache, and fills none"
     found = json.loads(done.stdout)
     taught, attempts, again, training = found["pilot"]["stages"].values()
 

@@ -108,6 +108,27 @@ def reference(model: str) -> Any:
     return greedy
 
 
+def test_a_token_that_changes_how_those_before_it_read_ends_no_answer() -> None:
+    """By hand: with `ab` read as `xyz`, what was sent, `a`, does not begin the text (vllm#17448 met it in French)."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from undo_ray.serve.hf import Answer
+
+    bare = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "</s>": 3}, unk_token="</s>"))
+    bare.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "xyz")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>")
+
+    async def answered() -> str:
+        answer = Answer(tokenizer, {3}, [])
+        for token in (0, 0, 0, 1, 2, 3):
+            answer._add(token)
+        answer.close()
+        return "".join([piece async for piece in answer])
+
+    assert asyncio.run(answered()) == "aaabc"
+
+
 # -- which student -------------------------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,8 @@ CHATML = (
 
 
 def make(directory: Path, architecture: str, texts: Iterable[str], seed: int = 0, vocabulary: int = 400) -> str:
-    """Write a randomly initialised `qwen2`, `llama`, `mistral` (which looks 16 tokens back) or `lfm2` (a convolution and an
-    attention) with its tokenizer; returns the directory."""
+    """Write a randomly initialised `qwen2`, `llama`, `mistral` (which looks 16 tokens back), `lfm2` (a convolution and an
+    attention) or `mamba` with its tokenizer; returns the directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast

@@ -84,7 +84,9 @@ def holds(ask: Ask, there: Sequence[Kind], types: Sequence[Kind] = (), limit: in
     """Whether the nodes that are there and up to `limit` more of these types hold it all at a time: the largest parts first,
     each where it leaves the least room, else on a new node of the smallest type that takes it."""
     open_nodes = [list(node.each) for node in there]
-    left = sorted(kind.each for kind in types for _ in range(min(kind.n, limit)))
+    # No more of one type than there are parts: KubeRay's default is 2³¹ nodes.
+    parts = ask.n + len(ask.beside)
+    left = sorted(kind.each for kind in types for _ in range(min(kind.n, limit, parts)))
     for part in sorted([*[ask.each] * ask.n, *ask.beside], reverse=True):
         fitting = [node for node in open_nodes if all(room >= need - 1e-6 for room, need in zip(node, part, strict=True))]
         if not fitting:

@@ -132,7 +132,8 @@ class Transformers:
         # Before there is a second one, and lest a pass that fails leave the wrong one.
         self.prefix, self.prefix_cache = [], None
         ids = torch.tensor([prompts[0][:length]], device=self.device)
-        cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        # A model of states alone gives none.
+        cache = getattr(self.model(input_ids=ids, use_cache=True, logits_to_keep=1), "past_key_values", None)
         self.shares = all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", (None,)))
         if not self.shares:
             return 0

@@ -103,18 +103,11 @@ def shared(cache: Place) -> Iterator[Row]:
 
 def share(place: Place, cache: Place) -> list[Row]:
     """Put what a stage made into a cache, a folder of Parquet files; returns what it had from there."""
-    made, reused = list[Row](), list[Row]()
-    for line in lines(place):
-        if line["reused"]:
-            reused.append(line["generation"])
-            continue
-        made.append(line)
-        if len(made) == SHARED:
-            _write(cache / f"{uuid.uuid4().hex}.parquet", made)
-            made = []
-    if made:
-        _write(cache / f"{uuid.uuid4().hex}.parquet", made)
-    return reused
+    known = list(lines(place))
+    made = [line for line in known if not line["reused"]]
+    for start in range(0, len(made), SHARED):
+        _write(cache / f"{uuid.uuid4().hex}.parquet", made[start : start + SHARED])
+    return [line["generation"] for line in known if line["reused"]]
 
 
 def starts(place: Place) -> list[Row]:
@@ -164,14 +157,16 @@ class Journal:
         newest = [death["keys"] for death in deaths if death["life"] == deaths[-1]["life"]]
         self._interrupted = len({bytes.fromhex(key) for keys in newest for key in keys} - self._known.keys())
         deaths = [death for death in deaths if alive is None or set(death["nodes"]) <= set(alive)]
-        # Each left as many files as it had batches in flight; what is answered since was not to blame.
-        lives = len({death["life"] for death in deaths if any(bytes.fromhex(key) not in self._known for key in death["keys"])})
         self._deaths = Counter(bytes.fromhex(key) for death in deaths for key in death["keys"])
         self._suspects = {bytes.fromhex(key): len(death["keys"]) for death in deaths for key in death["keys"]}  # newest last
         self._replica, self._node, self._nodes = replica, node, [node]
         self._starting, self._tried = place / "starting" / f"{replica}.json", place / "failed" / f"{replica}.json"
         self._begun: list[str] = json.loads(self._tried.read_bytes())["errors"] if self._tried.exists() else []
         self._busy_file, self._at_work, self._busy, self._since = place / "busy" / f"{uuid.uuid4().hex}.json", 0, 0.0, 0.0
+        # Each life left as many files as it had batches in flight. It counts where one of its rows was not answered since, nor
+        # found to be what killed it.
+        open_keys = {one for one in self._suspects.keys() - self._known.keys() if not self._guilty(one)}
+        lives = len({death["life"] for death in deaths if any(bytes.fromhex(key) in open_keys for key in death["keys"])})
         self._life = uuid.uuid4().hex[:8]
         self._open, self._alone = self._suspects.keys() - self._known.keys(), threading.Lock()
         if lives > DEATHS:
@@ -231,10 +226,12 @@ class Journal:
 
     def killed(self, key: bytes) -> bool:
         """Whether its engine died twice of this row, the last time with nothing else in it."""
-        guilty = self._suspects.get(key) == 1 and self._deaths[key] > 1
-        if guilty:
+        if guilty := self._guilty(key):
             self._open.discard(key)
         return guilty
+
+    def _guilty(self, key: bytes) -> bool:
+        return self._suspects.get(key) == 1 and self._deaths[key] > 1
 
     def groups(self, keys: Sequence[bytes]) -> list[list[int]]:
         """Indices of the keys that may be in the engine together: one group, and smaller ones of what was there at a death."""

@@ -99,6 +99,7 @@ class Host:
         self._engine, self._sampling, self._trust = engine, sampling, trust
         self._local: Local | None = None
         self._claims, self._claimed, self._life = threading.Lock(), ("", ""), uuid.uuid4().hex
+        self._loading = threading.Lock()
 
     def life(self) -> str:
         """Another one in every process that Ray starts for this engine."""
@@ -128,15 +129,16 @@ class Host:
         """Have the model that `model()` gives the directory of; False where only a new process can. See `engines.Backend`."""
         from undo_ray.engines import local
 
-        if self._local is not None:
-            return self._local.backend.load(_everywhere(model))
-        try:
-            self._local = local(partial(_everywhere, model), self._engine, self._sampling, self._trust)
-        except UserError:
-            raise
-        except Exception as error:
-            raise _plain(error) from None
-        return True
+        with self._loading:
+            if self._local is not None:
+                return self._local.backend.load(_everywhere(model))
+            try:
+                self._local = local(partial(_everywhere, model), self._engine, self._sampling, self._trust)
+            except UserError:
+                raise
+            except Exception as error:
+                raise _plain(error) from None
+            return True
 
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[list[tuple[int, Row]]]:
         """As `Speaker.answer`, in lists of what finished since the last one."""
@@ -204,15 +206,17 @@ class Kept:
     def __init__(self, hosts: Sequence[Any], pool: str, replica: str, model: Callable[[], str]):
         self._host = _claimed(hosts, pool, replica)
         try:
-            if not got(self._host.load.remote(model)):
-                self._again(pool, replica, model)
+            while not got(self._host.load.remote(model)):
+                self._renew()
+                if not got(self._host.claim.remote(pool, replica)):  # another was faster
+                    self._host = _claimed(hosts, pool, replica)
             self.nodes: Sequence[str] = got(self._host.nodes.remote())
         except Exception:
             self.end()
             raise
 
-    def _again(self, pool: str, replica: str, model: Callable[[], str]) -> None:
-        """Load into a new process of the engine."""
+    def _renew(self) -> None:
+        """Have a new process of the engine, which can load any model."""
         from ray.exceptions import RayActorError
 
         old = got(self._host.life.remote())
@@ -222,8 +226,6 @@ class Kept:
                 if got(self._host.life.remote()) != old:
                     break
             time.sleep(0.1)
-        got(self._host.claim.remote(pool, replica))
-        got(self._host.load.remote(model))
 
     def answer(self, chats: Sequence[list[Message]], seeds: Sequence[int]) -> Iterator[tuple[int, Row]]:
         """See `engines.Speaker`."""

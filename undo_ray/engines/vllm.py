@@ -40,6 +40,7 @@ class VLLM:
         draw: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop)}
         self.max_tokens, self.warming = sampling.max_tokens, threading.Lock()
         self.waiting: queue.SimpleQueue[tuple[list[int], Any, Sink, int]] = queue.SimpleQueue()
+        self.broken: BaseException | None = None
         self.llm = self._open()
         self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.context = self.engine.model_config.max_model_len
@@ -93,6 +94,8 @@ class VLLM:
                     found = sink.get(timeout=min(1.0, self.spec.stall_seconds))
                     break
                 except queue.Empty:
+                    if self.broken is not None:
+                        raise self.broken from None
                     if (still := time.monotonic() - self.stepped) > self.spec.stall_seconds:
                         raise RuntimeError(f"the engine made no step in {still:.0f} s (engine.stall_seconds)") from None
             if isinstance(found, BaseException):
@@ -100,7 +103,8 @@ class VLLM:
             yield found
 
     def _steps(self) -> None:
-        """The thread that owns the engine: take what waits, step, hand out what finished. An error ends it and goes to all."""
+        """The thread that owns the engine: take what waits, step, hand out what finished. An error ends it and goes to all
+        callers: those whose rows are in it at once, the others when they look."""
         running: dict[str, tuple[Sink, int]] = {}
         count = itertools.count()
         try:
@@ -121,6 +125,7 @@ class VLLM:
                     sink.put((index, done))
                 self.stepped = time.monotonic()
         except BaseException as error:
+            self.broken = error
             for sink in {id(sink): sink for sink, _ in running.values()}.values():
                 sink.put(error)
             raise

@@ -44,6 +44,7 @@ def small(recipe: Recipe, text: str) -> Recipe:
         parts[role] = spec.model_copy(update={"engine": spec.engine.model_copy(update=alone)})
     epochs = {"tokens": None, "epochs": STEPS * recipe.student.batch_size / count}
     parts["student"] = parts["student"].model_copy(update=epochs)
+    parts["teacher"] = parts["teacher"].model_copy(update={"cache": False})  # what was made elsewhere took no time here
     data = recipe.data.model_copy(update={"train_limit": min(count, recipe.data.train_limit or count)})
     return recipe.model_copy(update={"round0": "run", "data": data, **parts})
 
@@ -76,8 +77,11 @@ def run(recipe: Recipe, kind: str) -> Json:
         if recipe.rounds:
             last, rows = second, second.once("rationales", explain, rows, delta_ref, recipe)
             found["round 1 rationales"] = _made(second, "rationales", count, recipe.teacher.engine, at_once)
-        if not (explained := last.manifests["rationales"]["figures"])["good"]:
-            refused = ", ".join(f"{n} {why}" for why, n in explained["refused"].items())
+        # The latest lesson of a question that round 1 did not ask about is round 0's.
+        steps = (first, last) if recipe.lessons.mode == "latest" else (last,)
+        if not any(step.manifests["rationales"]["figures"]["good"] for step in steps):
+            explained = last.manifests["rationales"]["figures"]
+            refused = ", ".join(f"{n} {why}" for why, n in explained["refused"].items()) or f"{explained['asked']} asked about"
             raise UserError(
                 f"--pilot: of {count} questions no rationale is accepted ({refused}), so there is nothing to train on; look at "
                 "the teacher and its prompt, or give --pilot more questions",

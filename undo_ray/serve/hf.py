@@ -111,7 +111,7 @@ class Answer:
     def _add(self, token: int) -> None:
         self.tokens.append(token)
         before = len(self._text)
-        self._text += self._decoder.step(self.tokenizer.backend_tokenizer, token) or ""
+        self._text += self._piece(token)
         longest = max(map(len, self.stops), default=1)
         found = [at for at in (self._text.find(stop, max(0, before - longest + 1)) for stop in self.stops) if at >= 0]
         if found:
@@ -120,6 +120,17 @@ class Answer:
             self.finish_reason = "stop"
             self.over.set()
         self._send(len(self._text) - longest + 1)  # the last letters may be the beginning of a stop text
+
+    def _piece(self, token: int) -> str:
+        """The text that a token adds."""
+        try:
+            return self._decoder.step(self.tokenizer.backend_tokenizer, token) or ""
+        except Exception as error:
+            # tokenizers 0.23 raises this where a token changes how those before it read (vllm#17448): go on from here.
+            if "Invalid prefix" not in str(error):
+                raise
+            self._decoder = DecodeStream([], skip_special_tokens=True)
+            return self._decoder.step(self.tokenizer.backend_tokenizer, token) or ""
 
     def _send(self, end: int) -> None:
         if end > self._sent:
