@@ -165,10 +165,10 @@ class Journal:
         self._busy_file, self._at_work, self._busy, self._since = place / "busy" / f"{uuid.uuid4().hex}.json", 0, 0.0, 0.0
         # Each life left as many files as it had batches in flight. It counts where one of its rows was not answered since, nor
         # found to be what killed it.
-        open_keys = {one for one in self._suspects.keys() - self._known.keys() if not self._guilty(one)}
+        self._open, self._alone = self._suspects.keys() - self._known.keys(), threading.Lock()
+        open_keys = {one for one in self._open if not self._guilty(one)}
         lives = len({death["life"] for death in deaths if any(bytes.fromhex(key) in open_keys for key in death["keys"])})
         self._life = uuid.uuid4().hex[:8]
-        self._open, self._alone = self._suspects.keys() - self._known.keys(), threading.Lock()
         if lives > DEATHS:
             reason = deaths[-1].get("error", "a kill")
             raise UserError(

@@ -21,7 +21,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 Sink = queue.SimpleQueue[Any]
-"""Where a caller waits for (index, completion), or for the error that broke the engine."""
+"""Where a caller waits for (index, completion)."""
 
 
 class VLLM:
@@ -98,13 +98,11 @@ class VLLM:
                         raise self.broken from None
                     if (still := time.monotonic() - self.stepped) > self.spec.stall_seconds:
                         raise RuntimeError(f"the engine made no step in {still:.0f} s (engine.stall_seconds)") from None
-            if isinstance(found, BaseException):
-                raise found
             yield found
 
     def _steps(self) -> None:
-        """The thread that owns the engine: take what waits, step, hand out what finished. An error ends it and goes to all
-        callers: those whose rows are in it at once, the others when they look."""
+        """The thread that owns the engine: take what waits, step, hand out what finished. An error ends it; callers
+        find it in `broken`, whether their rows were in the engine or waited for it."""
         running: dict[str, tuple[Sink, int]] = {}
         count = itertools.count()
         try:
@@ -126,8 +124,6 @@ class VLLM:
                 self.stepped = time.monotonic()
         except BaseException as error:
             self.broken = error
-            for sink in {id(sink): sink for sink, _ in running.values()}.values():
-                sink.put(error)
             raise
 
 
